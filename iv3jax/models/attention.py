@@ -1,0 +1,148 @@
+"""The two attentions of the decoder, GQA and M²LA, with one call signature."""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from iv3jax import ops
+from iv3jax.models.cache import write
+from iv3jax.models.config import TextConfig
+from iv3jax.models.layers import Execution, Linear, RMSNorm
+from iv3jax.models.rope import Rope, rotate, rotate_interleaved
+from iv3jax.sharding import constrain
+from iv3jax.typing import Array
+
+ABSORBED_QUERIES = 64
+"""Up to this many new tokens a row, attention over a cache is absorbed; beyond, the latents are expanded.
+
+Absorbing costs r+e+r multiplications a query, key and head against n+e+v, expanding r·(n+v) a key and
+head: at the 8B's sizes they meet at 149 queries, and absorbing needs no expanded keys in memory.
+"""
+
+Entries = dict[str, Array]
+
+
+class Tokens(NamedTuple):
+    """What attention knows of the tokens besides their hidden states.
+
+    Attributes:
+        rope: angles of each token.
+        segment_ids: (B, T), 0 for padding.
+        slots: (B, T) cache slots the tokens go to, or None without a cache.
+    """
+
+    rope: Rope
+    segment_ids: Array
+    slots: Array | None
+
+    def mask(self) -> ops.AttentionMask:
+        """Causal inside each sample; over a cache, all slots up to the token's own."""
+        if self.slots is not None:
+            return ops.AttentionMask(self.segment_ids, None, self.slots)
+        order = jnp.broadcast_to(
+            jnp.arange(self.segment_ids.shape[1], dtype=jnp.int32), self.segment_ids.shape
+        )
+        return ops.AttentionMask(self.segment_ids, self.segment_ids, order)
+
+
+class GQAAttention(nn.Module):
+    """Grouped-query attention, with q/k norm where the config says so (Qwen3)."""
+
+    config: TextConfig
+    run: Execution = dataclasses.field(default_factory=Execution)
+
+    def setup(self) -> None:
+        c, run = self.config, self.run
+
+        def projection(heads: int, axis: str) -> Linear:
+            return Linear(
+                (c.hidden_size,), (heads, c.head_dim), ("embed",), (axis, "head_dim"), c.attention_bias, run
+            )
+
+        self.q_proj = projection(c.num_attention_heads, "heads")
+        self.k_proj = projection(c.num_key_value_heads, "kv_heads")
+        self.v_proj = projection(c.num_key_value_heads, "kv_heads")
+        self.o_proj = Linear(
+            (c.num_attention_heads, c.head_dim),
+            (c.hidden_size,),
+            ("heads", "head_dim"),
+            ("embed",),
+            c.attention_output_bias,
+            run,
+        )
+        if c.use_qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, run)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, run)
+
+    def __call__(
+        self, x: Array, tokens: Tokens, entries: Entries | None, layer: Array
+    ) -> tuple[Array, Entries | None]:
+        """(B, T, D) → (B, T, D) and the cache entries with this layer's keys and values written."""
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.config.use_qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, tokens.rope), rotate(key, tokens.rope)
+        query = constrain(query, "batch", "sequence", "act_heads", None)
+        if entries is not None:
+            entries = {
+                "key": write(entries["key"], layer, tokens.slots, key),
+                "value": write(entries["value"], layer, tokens.slots, value),
+            }
+            key, value = (entries[k][layer].astype(self.run.dtype) for k in ("key", "value"))
+        return self.o_proj(ops.attention(query, key, value, tokens.mask())), entries
+
+
+class M2LAAttention(nn.Module):
+    """Multimodal multi-head latent attention (SPEC §2)."""
+
+    config: TextConfig
+    run: Execution = dataclasses.field(default_factory=Execution)
+
+    def setup(self) -> None:
+        c, run = self.config, self.run
+        width, heads, rank = c.hidden_size, c.num_attention_heads, c.kv_lora_rank
+        n, e, v = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        head = ("heads", "head_dim")
+        self.q_proj = Linear((width,), (heads, n + e), ("embed",), head, c.attention_bias, run)
+        self.kv_a_proj_with_mqa = Linear(
+            (width,), (rank + e,), ("embed",), ("latent",), c.attention_bias, run
+        )
+        self.kv_b_proj = Linear((rank,), (heads, n + v), ("latent",), head, False, run)
+        self.o_proj = Linear((heads, v), (width,), head, ("embed",), False, run)
+
+    def __call__(
+        self, x: Array, tokens: Tokens, entries: Entries | None, layer: Array
+    ) -> tuple[Array, Entries | None]:
+        """(B, T, D) → (B, T, D) and the cache entries with this layer's latents written.
+
+        Without a cache, or with many new tokens, keys and values are expanded from the latents; with
+        few, the query is carried into latent space instead. Both are the same function.
+        """
+        c = self.config
+        n, rank = c.qk_nope_head_dim, c.kv_lora_rank
+        query = constrain(self.q_proj(x), "batch", "sequence", "act_heads", None)
+        q_nope, q_rope = query[..., :n], rotate_interleaved(query[..., n:], tokens.rope)
+        latent = self.kv_a_proj_with_mqa(x)
+        k_rope = rotate_interleaved(latent[..., rank:], tokens.rope)
+        latent = jnp.concatenate([latent[..., :rank], k_rope], axis=-1)
+        if entries is not None:
+            entries = {"latent": write(entries["latent"], layer, tokens.slots, latent)}
+            latent = entries["latent"][layer].astype(self.run.dtype)
+        if entries is not None and x.shape[1] <= ABSORBED_QUERIES:
+            out = self._absorbed(q_nope, q_rope, latent, tokens.mask())
+        else:
+            kv = constrain(self.kv_b_proj(latent[..., :rank]), "batch", "slots", "act_heads", None)
+            out = ops.latent_attention(
+                q_nope, q_rope, kv[..., :n], latent[..., rank:], kv[..., n:], tokens.mask()
+            )
+        return self.o_proj(out), entries
+
+    def _absorbed(self, q_nope: Array, q_rope: Array, latent: Array, mask: ops.AttentionMask) -> Array:
+        c, kernel = self.config, self.kv_b_proj.kernel.astype(self.run.dtype)
+        n = c.qk_nope_head_dim
+        q_latent = jnp.einsum("bthn,rhn->bthr", q_nope, kernel[..., :n])
+        scale = (n + c.qk_rope_head_dim) ** -0.5
+        context = ops.latent_decode(q_latent, q_rope, latent, mask, scale)
+        return jnp.einsum("bthr,rhv->bthv", context, kernel[..., n:])

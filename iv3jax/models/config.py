@@ -1,0 +1,313 @@
+"""Model configs: frozen dataclasses read from and written to a Hugging Face `config.json`.
+
+Field names are the checkpoint's. Fields that we do not use are kept in `extra` and written back.
+No jax here, and no shapes of parameters: those follow from the modules.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iv3jax.errors import UserError
+
+MODEL_TYPES = {
+    "internvideo3": "vision and M²LA",
+    "qwen3_vl": "vision and GQA with q/k norm",
+    "qwen3": "text only, GQA with q/k norm",
+    "qwen2": "text only, GQA with q/k/v biases",
+    "llama": "text only, GQA",
+}
+"""The `model_type` values that can be read, and what each means."""
+
+
+def _extra() -> Any:
+    return field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder. With `kv_lora_rank` its attention is M²LA, without it GQA.
+
+    `use_qk_norm`, `attention_bias` and `attention_output_bias` follow from the model type where the
+    file does not say. `mrope_section` None means plain RoPE over one position.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 5e6
+    mrope_section: tuple[int, int, int] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    use_qk_norm: bool = False
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    extra: Mapping[str, Any] = _extra()
+
+    @property
+    def rope_dim(self) -> int:
+        """How many dims of a head RoPE turns: e for M²LA, the whole head for GQA."""
+        return self.head_dim if self.kv_lora_rank is None else self.qk_rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers cached per token and layer: r+e for M²LA, 2·G·head_dim for GQA."""
+        if self.kv_lora_rank is None:
+            return 2 * self.num_key_value_heads * self.head_dim
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The Qwen3-VL vision tower (SPEC §4)."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    num_position_embeddings: int
+    in_channels: int = 3
+    patch_size: int = 16
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+    deepstack_visual_indexes: tuple[int, ...] = ()
+    extra: Mapping[str, Any] = _extra()
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch row: channels · temporal patch · patch²."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: decoder, and tower unless it is text-only (`vision_config` None)."""
+
+    model_type: str
+    text_config: TextConfig
+    vision_config: VisionConfig | None = None
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    extra: Mapping[str, Any] = _extra()
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
+        """Reads the contents of a `config.json`; `source` names it in errors.
+
+        Raises:
+            UserError: unknown `model_type`, a missing or mistyped field, or a feature no module computes.
+        """
+        model_type = data.get("model_type")
+        if model_type not in MODEL_TYPES:
+            known = ", ".join(MODEL_TYPES)
+            raise UserError(f"{source}: model_type {model_type!r} is not one of {known}")
+        if model_type in ("internvideo3", "qwen3_vl"):
+            for part in ("text_config", "vision_config"):
+                if not isinstance(data.get(part), Mapping):
+                    raise UserError(f"{source}: {part} is missing or not an object")
+            text = dict(data["text_config"])
+            # transformers writes the tie at either level; the outer one wins there too.
+            text["tie_word_embeddings"] = data.get(
+                "tie_word_embeddings", text.get("tie_word_embeddings", False)
+            )
+            vision = _read(VisionConfig, data["vision_config"], f"{source}: vision_config")
+            used = {"model_type", "text_config", "vision_config", "tie_word_embeddings", *_TOKEN_IDS}
+            ids = {k: data[k] for k in _TOKEN_IDS if k in data}
+            extra = {k: v for k, v in data.items() if k not in used}
+            config = ModelConfig(
+                model_type, _read_text(text, model_type, f"{source}: text_config"), vision, **ids, extra=extra
+            )
+            if vision.out_hidden_size != config.text_config.hidden_size:
+                raise UserError(
+                    f"{source}: vision_config.out_hidden_size {vision.out_hidden_size} differs from "
+                    f"text_config.hidden_size {config.text_config.hidden_size}"
+                )
+            return config
+        return ModelConfig(model_type, _read_text(data, model_type, source))
+
+    @staticmethod
+    def from_file(path: str | Path) -> "ModelConfig":
+        """Reads a `config.json`, or the one inside a model folder."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; a model folder holds a config.json") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(data, dict):
+            raise UserError(f"{path}: holds no JSON object")
+        return ModelConfig.from_dict(data, str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `config.json` this was read from, unknown fields included."""
+        text = _write_text(self)
+        if self.vision_config is None:
+            return {"model_type": self.model_type, **text}
+        vision = _write(self.vision_config)
+        return {
+            "model_type": self.model_type,
+            **self.extra,
+            "text_config": text,
+            "vision_config": vision,
+            "tie_word_embeddings": self.text_config.tie_word_embeddings,
+            **{k: getattr(self, k) for k in _TOKEN_IDS},
+        }
+
+
+_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_M2LA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+# Derived from the model type, so never a key of the file.
+_DERIVED = ("use_qk_norm", "attention_output_bias", "mrope_section", "extra")
+
+
+def _read(cls: type, data: Mapping[str, Any], source: str) -> Any:
+    """Builds a dataclass from the keys it knows, the others going to `extra`."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(cls):
+        if item.name == "extra":
+            continue
+        value = data.get(item.name)
+        if value is None:
+            if item.default is dataclasses.MISSING:
+                raise UserError(f"{source}.{item.name} is missing")
+            continue
+        values[item.name] = _typed(item, value, source)
+    values["extra"] = {k: v for k, v in data.items() if k not in values}
+    return cls(**values)
+
+
+def _typed(item: dataclasses.Field, value: Any, source: str) -> Any:
+    """Checks one JSON value against the field's annotation."""
+    kind = str(item.type)
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    if "tuple" in kind:
+        if isinstance(value, list | tuple) and all(isinstance(v, int) for v in value):
+            return tuple(value)
+    elif "bool" in kind:
+        if isinstance(value, bool):
+            return value
+    elif "float" in kind:
+        if isinstance(value, float) or integer:
+            return float(value)
+    elif integer and value >= (0 if item.default == 0 else 1):
+        return value
+    raise UserError(f"{source}.{item.name} is {value!r}, which is no valid value ({_kind_name(kind)})")
+
+
+def _kind_name(kind: str) -> str:
+    for word, name in (("tuple", "a list of integers"), ("bool", "true or false"), ("float", "a number")):
+        if word in kind:
+            return name
+    return "a positive integer"
+
+
+def _read_text(data: Mapping[str, Any], model_type: str, source: str) -> TextConfig:
+    """The decoder's fields, with what each model type leaves unsaid filled in."""
+    data = dict(data)
+    _refuse(data, source)
+    # transformers 5 moved theta and the sections into rope_parameters; older files have rope_scaling.
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise UserError(f"{source}: rope type {kind!r} is not supported; only plain RoPE and M-RoPE are")
+    values = {k: v for k, v in data.items() if k not in _DERIVED}
+    if "rope_theta" not in values and "rope_theta" in rope:
+        values["rope_theta"] = rope["rope_theta"]
+    if values.get("rope_theta") is None:
+        values["rope_theta"] = 10000.0 if model_type in ("llama", "qwen2", "qwen3") else 5e6
+    heads = data.get("num_attention_heads")
+    values.setdefault("num_key_value_heads", heads)
+    if values.get("head_dim") is None and isinstance(heads, int) and heads > 0:
+        values["head_dim"] = data.get("hidden_size", 0) // heads
+    if model_type == "internvideo3":
+        for key in _M2LA_FIELDS:
+            if not data.get(key):
+                raise UserError(f"{source}.{key} is missing; model_type internvideo3 means M²LA")
+    else:
+        for key in _M2LA_FIELDS:
+            values.pop(key, None)
+    if model_type == "qwen2":
+        values["attention_bias"] = True
+    config: TextConfig = _read(TextConfig, values, source)
+    section = None
+    if model_type in ("internvideo3", "qwen3_vl"):
+        section = tuple(rope.get("mrope_section", (24, 20, 20)))
+        if len(section) != 3 or sum(section) != config.rope_dim // 2:
+            raise UserError(
+                f"{source}: mrope_section {list(section)} must be three numbers that sum to half the "
+                f"rotary dim, {config.rope_dim // 2}"
+            )
+    return dataclasses.replace(
+        config,
+        mrope_section=section,
+        use_qk_norm=model_type in ("qwen3", "qwen3_vl"),
+        attention_output_bias=config.attention_bias and model_type in ("llama", "qwen3", "qwen3_vl"),
+        extra={k: v for k, v in data.items() if k in config.extra},
+    )
+
+
+def _refuse(data: Mapping[str, Any], source: str) -> None:
+    """Features of the wider families that no module here computes: never ignored silently."""
+    supported: dict[str, tuple] = {
+        "hidden_act": (None, "silu"),
+        "q_lora_rank": (None,),
+        "kv_lora_rank_list": (None,),
+        "qk_latent_layernorm": (None, False),
+        "rope_interleave": (None, True),
+        "mlp_bias": (None, False),
+        "use_sliding_window": (None, False),
+    }
+    for key, values in supported.items():
+        if data.get(key) not in values:
+            raise UserError(f"{source}.{key} = {data[key]!r} is not supported (only {values[-1]!r})")
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if rope.get("mrope_section") and not rope.get("mrope_interleaved", False):
+        raise UserError(f"{source}: mrope_interleaved must be true; sections in blocks are not supported")
+
+
+def _write(config: Any) -> dict[str, Any]:
+    """A dataclass as JSON values, its unknown fields first."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "extra"}
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {**config.extra, **values}
+
+
+def _write_text(config: ModelConfig) -> dict[str, Any]:
+    """The decoder's part of `config.json`: what was read, and RoPE where every reader looks for it."""
+    text = config.text_config
+    values = {k: v for k, v in _write(text).items() if k not in _DERIVED}
+    if text.kv_lora_rank is None:
+        for key in _M2LA_FIELDS:
+            values.pop(key)
+    else:
+        values.update(
+            q_lora_rank=None, qk_latent_layernorm=False, rope_interleave=True, kv_lora_rank_list=None
+        )
+    if config.model_type == "qwen2":
+        values.pop("attention_bias")
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if text.mrope_section is not None:
+        rope.update(mrope_section=list(text.mrope_section), mrope_interleaved=True)
+    parameters = text.extra.get("rope_parameters")
+    if parameters is not None:
+        values["rope_parameters"] = {**parameters, **rope, "rope_theta": text.rope_theta}
+    if text.mrope_section is not None and (parameters is None or "rope_scaling" in text.extra):
+        values["rope_scaling"] = {**(text.extra.get("rope_scaling") or {}), **rope}
+    return values

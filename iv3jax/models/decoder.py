@@ -1,0 +1,99 @@
+"""The decoder: scanned layers of either attention, with DeepStack after the first K."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from iv3jax.models.attention import Entries, GQAAttention, M2LAAttention, Tokens
+from iv3jax.models.cache import Cache
+from iv3jax.models.config import TextConfig
+from iv3jax.models.layers import Execution, RMSNorm, SwiGLU
+from iv3jax.models.rope import decoder_rope
+from iv3jax.models.vision import VisualFeatures
+from iv3jax.sharding import constrain
+from iv3jax.typing import Array
+
+
+def gather_visual(features: Array, visual_index: Array) -> Array:
+    """(B, N, D) vision tokens → (B, T, D) at the positions that name them, zero at text."""
+    chosen = jnp.take_along_axis(features, jnp.maximum(visual_index, 0)[..., None], axis=1)
+    return jnp.where(visual_index[..., None] >= 0, chosen, 0)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each pre-norm and residual, then DeepStack's level if there is one."""
+
+    config: TextConfig
+    run: Execution = dataclasses.field(default_factory=Execution)
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Array, Entries | None],
+        layer: Array,
+        tokens: Tokens,
+        deepstack: Array | None,
+        visual_index: Array | None,
+    ) -> tuple[tuple[Array, Entries | None], None]:
+        """carry: hidden (B, T, D) and the cache entries of all layers."""
+        c, run = self.config, self.run
+        hidden, entries = carry
+        attention = GQAAttention if c.kv_lora_rank is None else M2LAAttention
+        y = RMSNorm(c.hidden_size, c.rms_norm_eps, run, name="input_layernorm")(hidden)
+        y, entries = attention(c, run, name="self_attn")(y, tokens, entries, layer)
+        hidden = constrain(hidden + y, "batch", "sequence", "hidden")
+        y = RMSNorm(c.hidden_size, c.rms_norm_eps, run, name="post_attention_layernorm")(hidden)
+        y = SwiGLU(c.hidden_size, c.intermediate_size, run, name="mlp")(y)
+        hidden = constrain(hidden + y, "batch", "sequence", "hidden")
+        if deepstack is not None and visual_index is not None:
+            levels = deepstack.shape[0]
+            hidden = jax.lax.cond(
+                layer < levels,
+                lambda: hidden + gather_visual(deepstack[jnp.minimum(layer, levels - 1)], visual_index),
+                lambda: hidden,
+            )
+        # Read by parity checks only: nothing is kept unless the caller makes `intermediates` mutable.
+        self.sow("intermediates", "hidden", hidden)
+        return (hidden, entries), None
+
+
+class Decoder(nn.Module):
+    """All layers and the final norm."""
+
+    config: TextConfig
+    run: Execution = dataclasses.field(default_factory=Execution)
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden: Array,
+        positions: Array,
+        segment_ids: Array,
+        visual: VisualFeatures | None,
+        visual_index: Array | None,
+        cache: Cache | None,
+    ) -> tuple[Array, Cache | None]:
+        """(B, T, D) embeddings → (B, T, D) after the final norm, and the cache with these tokens in it."""
+        c, run = self.config, self.run
+        rope = decoder_rope(positions, c.rope_dim, c.rope_theta, c.mrope_section)
+        tokens = Tokens(rope, segment_ids, None if cache is None else cache.slots(segment_ids))
+        deepstack = None
+        if visual is not None and visual.deepstack.shape[0]:
+            deepstack = visual.deepstack.astype(run.dtype)
+        layers = nn.scan(
+            run.checkpointed(DecoderLayer),
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, run, name="layers")
+        entries = None if cache is None else cache.entries
+        carry = (constrain(hidden, "batch", "sequence", "hidden"), entries)
+        (hidden, entries), _ = layers(
+            carry, jnp.arange(c.num_hidden_layers), tokens, deepstack, visual_index
+        )
+        hidden = RMSNorm(c.hidden_size, c.rms_norm_eps, run, name="norm")(hidden)
+        return hidden, None if cache is None else cache.advanced(entries, segment_ids)

@@ -1,0 +1,138 @@
+"""Meshes and the one table that maps logical axes to mesh axes. Models name logical axes only.
+
+Mesh axes: `data` (replicas), `fsdp` (weights gathered per layer, batch split), `context` (the sequence
+split), `tensor` (heads, hidden units and vocabulary split).
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from iv3jax.errors import UserError
+from iv3jax.typing import Array, Params
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    # weights
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "latent": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "patch": (),
+    "norm": (),
+    "three": (),
+    "positions": (),
+    # activations
+    "batch": ("data", "fsdp"),
+    "sequence": ("context",),
+    "slots": (),
+    "hidden": (),
+    "act_heads": ("tensor",),
+    "act_mlp": ("tensor",),
+    "act_vocab": ("tensor",),
+    # Vision chunks are independent of each other, so every axis shares the tower's work.
+    "chunk_groups": ("data", "fsdp", "context", "tensor"),
+}
+"""Logical axis → the mesh axes that split it."""
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+    """A mesh over `devices` (default: all). Axes not named get size 1; `fsdp` takes what is left.
+
+    Raises:
+        UserError: an unknown axis, or sizes that do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if unknown := set(sizes) - set(MESH_AXES):
+        raise UserError(f"mesh axis {sorted(unknown)[0]!r} is unknown; there are {', '.join(MESH_AXES)}")
+    named = 1
+    for size in sizes.values():
+        named *= size
+    if "fsdp" not in sizes and named and len(devices) % named == 0:
+        sizes["fsdp"] = len(devices) // named
+        named = len(devices)
+    if named != len(devices):
+        raise UserError(f"a mesh of {sizes} needs {named} devices, but there are {len(devices)}")
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+def partition_spec(names: Sequence[str | None], mesh_axes: Sequence[str] = MESH_AXES) -> PartitionSpec:
+    """Logical axis names of one array → its PartitionSpec.
+
+    Raises:
+        ValueError: a name without a rule, or two axes of the array that want the same mesh axis.
+    """
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for name in names:
+        if name is not None and name not in RULES:
+            raise ValueError(f"logical axis {name!r} has no rule in iv3jax.sharding.RULES")
+        axes = tuple(a for a in RULES[name] if a in mesh_axes) if name is not None else ()
+        if collision := used.intersection(axes):
+            raise ValueError(f"axes {tuple(names)} use mesh axis {sorted(collision)[0]!r} twice")
+        used.update(axes)
+        entries.append(axes or None)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Asks the compiler to lay `x` out by its logical axes, under the ambient mesh; else nothing.
+
+    A mesh axis that does not divide its dim is left out: this says where an activation lives, never
+    what it is, and a prompt of one row must run on a mesh meant for many.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    if len(names) != x.ndim:
+        raise ValueError(f"{len(names)} axis names for an array of shape {x.shape}")
+    entries = []
+    for size, axes in zip(x.shape, partition_spec(names, mesh.axis_names), strict=True):
+        parts = 1
+        for axis in axes or ():
+            parts *= mesh.shape[axis]
+        entries.append(axes if axes and size % parts == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def param_shardings(boxed: Params, mesh: Mesh) -> Params:
+    """Shardings of a tree of parameters that still carries its logical axes (from `nn.get_partition_spec`'s
+    input: the boxes that `init` returns, abstract or real).
+
+    Raises:
+        UserError: a dim that its mesh axes do not divide, all of them named at once.
+    """
+    problems: list[str] = []
+
+    def one(path: tuple, box: nn.LogicallyPartitioned) -> NamedSharding:
+        spec = partition_spec(box.names, mesh.axis_names)
+        for size, axes, name in zip(box.value.shape, spec, box.names, strict=True):
+            parts = 1
+            for axis in axes or ():
+                parts *= mesh.shape[axis]
+            if size % parts:
+                key = "/".join(str(getattr(p, "key", p)) for p in path)
+                problems.append(f"{key}: {name} {size} over {'×'.join(axes or ())} = {parts}")
+        return NamedSharding(mesh, spec)
+
+    shardings = jax.tree_util.tree_map_with_path(one, boxed, is_leaf=_is_box)
+    if problems:
+        raise UserError(f"mesh {dict(mesh.shape)} does not divide {'; '.join(problems)}")
+    return shardings
+
+
+def unbox(boxed: Params) -> Params:
+    """The same tree without the boxes that carry logical axes."""
+    return jax.tree.map(lambda box: box.value if _is_box(box) else box, boxed, is_leaf=_is_box)
+
+
+def _is_box(x: object) -> bool:
+    return isinstance(x, nn.LogicallyPartitioned)

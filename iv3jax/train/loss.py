@@ -1,0 +1,64 @@
+"""The supervised objective: chunked cross-entropy in fp32 and its three reductions (SPEC §5)."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from iv3jax.models.batch import IGNORE_LABEL
+from iv3jax.models.internvideo3 import InternVideo3
+from iv3jax.typing import Array, Params
+
+Reduction = Literal["token", "sample", "square"]
+
+LOGIT_CHUNK = 512
+"""Tokens of each row whose logits exist at one time."""
+
+
+def cross_entropy(model: InternVideo3, params: Params, hidden: Array, labels: Array) -> Array:
+    """−log p(label) of every token, zero where the label is ignored.
+
+    Args:
+        hidden: (B, T, D) from the model. labels: (B, T) int32.
+
+    Returns:
+        (B, T) fp32. Logits are made LOGIT_CHUNK tokens at a time, and again in the backward pass.
+    """
+    rows, length, width = hidden.shape
+    chunk = min(LOGIT_CHUNK, length)
+    padding = -length % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    padded = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORE_LABEL)
+
+    @jax.checkpoint
+    def one(part: tuple[Array, Array]) -> Array:
+        hidden, labels = part
+        logits = model.apply({"params": params}, hidden, method="logits")
+        chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+        loss = jax.nn.logsumexp(logits, axis=-1) - chosen
+        return jnp.where(labels == IGNORE_LABEL, 0.0, loss)
+
+    chunks = (
+        hidden.reshape(rows, -1, chunk, width).swapaxes(0, 1),
+        padded.reshape(rows, -1, chunk).swapaxes(0, 1),
+    )
+    return jax.lax.map(one, chunks).swapaxes(0, 1).reshape(rows, -1)[:, :length]
+
+
+def token_weights(labels: Array, segment_ids: Array, reduction: Reduction) -> Array:
+    """(B, T) fp32 weight of each trained token: 1, 1/n or 1/sqrt(n), n the trained tokens of its sample."""
+    trained = (labels != IGNORE_LABEL).astype(jnp.float32)
+    if reduction == "token":
+        return trained
+    length = labels.shape[1]
+
+    def counts(trained: Array, segments: Array) -> Array:
+        return jax.ops.segment_sum(trained, segments, num_segments=length + 1)[segments]
+
+    count = jnp.maximum(jax.vmap(counts)(trained, segment_ids), 1.0)
+    return trained / (count if reduction == "sample" else jnp.sqrt(count))
+
+
+def reduced(losses: Array, weights: Array) -> Array:
+    """Σ w·CE / Σ w over the whole batch."""
+    return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1e-30)

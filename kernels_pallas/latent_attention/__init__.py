@@ -1,0 +1,1 @@
+"""Expanded M²LA attention, for training and prefill."""

@@ -1,0 +1,1 @@
+"""Absorbed M²LA attention over the latent cache, for decoding."""

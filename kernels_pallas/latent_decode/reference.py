@@ -1,0 +1,27 @@
+"""Absorbed M²LA attention in plain jnp (SPEC §2)."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.mask import AttentionMask, masked_softmax
+
+
+def latent_decode(
+    q_latent: jax.Array, q_rope: jax.Array, latent: jax.Array, mask: AttentionMask, scale: float
+) -> jax.Array:
+    """softmax((q_latent·c + q_rope·k_rope) · scale) · c: scores and values from the same latents.
+
+    Args:
+        q_latent: (B, T, H, r), the content query carried into latent space.
+        q_rope: (B, T, H, e), rotated.
+        latent: (B, S, r+e), the cache of one layer: [c ‖ rotated k_rope].
+        scale: 1/sqrt(n+e); n cannot be seen from these shapes.
+
+    Returns:
+        (B, T, H, r) in latent's dtype; logits and softmax in fp32. Rows that see nothing are 0.
+    """
+    rank = q_latent.shape[-1]
+    query = jnp.concatenate([q_latent, q_rope], axis=-1)
+    logits = jnp.einsum("bthw,bsw->bhts", query, latent, preferred_element_type=jnp.float32)
+    weights = masked_softmax(logits * scale, mask.dense(latent.shape[1])[:, None])
+    return jnp.einsum("bhts,bsr->bthr", weights.astype(latent.dtype), latent[..., :rank])

@@ -1,0 +1,48 @@
+"""Who may attend to whom, said once for every kernel."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class AttentionMask(NamedTuple):
+    """Keys live in slots 0 … S−1. A query at slot s of segment g sees the keys of segment g at slots ≤ s.
+
+    Attributes:
+        query_segments: (B, T) int32; 0 is padding, which sees nothing.
+        key_segments: (B, S) int32, or None where all keys are of one sample (a cache).
+        query_slots: (B, T) int32, or None where attention is not causal.
+    """
+
+    query_segments: jax.Array
+    key_segments: jax.Array | None = None
+    query_slots: jax.Array | None = None
+
+    def dense(self, keys: int) -> jax.Array:
+        """(B, T, S) bool, True where the query may see the key."""
+        allowed = jnp.broadcast_to(
+            (self.query_segments != 0)[:, :, None], (*self.query_segments.shape, keys)
+        )
+        if self.key_segments is not None:
+            allowed &= self.query_segments[:, :, None] == self.key_segments[:, None, :]
+        if self.query_slots is not None:
+            allowed &= jnp.arange(keys, dtype=jnp.int32) <= self.query_slots[:, :, None]
+        return allowed
+
+    def block(self, start: jax.Array, size: int) -> "AttentionMask":
+        """The mask of queries start … start+size−1."""
+
+        def cut(x: jax.Array | None) -> jax.Array | None:
+            return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+        queries = jax.lax.dynamic_slice_in_dim(self.query_segments, start, size, axis=1)
+        return AttentionMask(queries, self.key_segments, cut(self.query_slots))
+
+
+def masked_softmax(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Softmax over the last axis in fp32; a row that may see nothing gives zeros, not NaN."""
+    logits = jnp.where(allowed, logits.astype(jnp.float32), -jnp.inf)
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-1e30))
+    weights = jnp.where(allowed, jnp.exp(logits - peak), 0.0)
+    return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
