@@ -9,9 +9,9 @@ _COMPILE = "/jax/core/compile/backend_compile_duration"
 _totals = {"seconds": 0.0, "count": 0}
 
 
-def _listen(event: str, seconds: float, **_: object) -> None:
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     if event.startswith(_PREFIX):
-        _totals["seconds"] += seconds
+        _totals["seconds"] += duration_secs
         _totals["count"] += event == _COMPILE
 
 

@@ -52,9 +52,7 @@ def latent_attention(
     return _in_query_blocks(block, mask, q_nope, q_rope)
 
 
-def latent_decode(
-    q_latent: Array, q_rope: Array, latent: Array, mask: AttentionMask, scale: float
-) -> Array:
+def latent_decode(q_latent: Array, q_rope: Array, latent: Array, mask: AttentionMask, scale: float) -> Array:
     """Absorbed M²LA attention over a cache; shapes as in `kernels_pallas.latent_decode.reference`."""
     return _latent_decode(q_latent, q_rope, latent, mask, scale)
 

@@ -4,6 +4,7 @@ Mesh axes: `data` (replicas), `fsdp` (weights gathered per layer, batch split), 
 split), `tensor` (heads, hidden units and vocabulary split).
 """
 
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -96,10 +97,7 @@ def constrain(x: Array, *names: str | None) -> Array:
         raise ValueError(f"{len(names)} axis names for an array of shape {x.shape}")
     entries = []
     for size, axes in zip(x.shape, partition_spec(names, mesh.axis_names), strict=True):
-        parts = 1
-        for axis in axes or ():
-            parts *= mesh.shape[axis]
-        entries.append(axes if axes and size % parts == 0 else None)
+        entries.append(axes if size % _parts(mesh, axes) == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
@@ -115,18 +113,21 @@ def param_shardings(boxed: Params, mesh: Mesh) -> Params:
     def one(path: tuple, box: nn.LogicallyPartitioned) -> NamedSharding:
         spec = partition_spec(box.names, mesh.axis_names)
         for size, axes, name in zip(box.value.shape, spec, box.names, strict=True):
-            parts = 1
-            for axis in axes or ():
-                parts *= mesh.shape[axis]
-            if size % parts:
+            if size % _parts(mesh, axes):
                 key = "/".join(str(getattr(p, "key", p)) for p in path)
-                problems.append(f"{key}: {name} {size} over {'×'.join(axes or ())} = {parts}")
+                problems.append(f"{key} ({name} {size} over {axes} {_parts(mesh, axes)})")
         return NamedSharding(mesh, spec)
 
     shardings = jax.tree_util.tree_map_with_path(one, boxed, is_leaf=_is_box)
     if problems:
         raise UserError(f"mesh {dict(mesh.shape)} does not divide {'; '.join(problems)}")
     return shardings
+
+
+def _parts(mesh: Mesh | jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
+    """How many pieces one entry of a PartitionSpec cuts a dim into."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def unbox(boxed: Params) -> Params:

@@ -21,9 +21,7 @@ class AttentionMask(NamedTuple):
 
     def dense(self, keys: int) -> jax.Array:
         """(B, T, S) bool, True where the query may see the key."""
-        allowed = jnp.broadcast_to(
-            (self.query_segments != 0)[:, :, None], (*self.query_segments.shape, keys)
-        )
+        allowed = jnp.broadcast_to((self.query_segments != 0)[:, :, None], (*self.query_segments.shape, keys))
         if self.key_segments is not None:
             allowed &= self.query_segments[:, :, None] == self.key_segments[:, None, :]
         if self.query_slots is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from iv3jax.checkpoint.files import TensorFiles, check, open_tensors
 from iv3jax.checkpoint.names import Tensor, insert, lookup, tensors
@@ -22,6 +22,9 @@ from iv3jax.typing import DType, Params
 
 TINY_FILES = Path(__file__).parent.parent / "data" / "tiny_tokenizer"
 """Tokenizer and processor files of the `tiny` preset."""
+
+Bounds = tuple[tuple[int, int], ...]
+"""A device's part of an array: (start, stop) of each axis."""
 
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16, "F64": jnp.float64}
 
@@ -139,18 +142,16 @@ def _stream(files: TensorFiles, expected: list[Tensor], model: InternVideo3, mes
                     shard[...] = value[(slice(*first), *inner)]
                 elif first[0] <= tensor.index < first[1]:
                     shard[tensor.index - first[0]] = value[inner]
-        array = jax.make_array_from_callback(
-            shape, sharding, lambda index, shards=shards, shape=shape: shards[_key(index, shape)]
-        )
-        insert(params, path, array)
+        insert(params, path, _assemble(shape, sharding, shards))
     return params
 
 
-Bounds = tuple[tuple[int, int], ...]
+def _assemble(shape: tuple[int, ...], sharding: NamedSharding, shards: dict[Bounds, np.ndarray]) -> jax.Array:
+    """One array from its parts in host memory."""
+    return jax.make_array_from_callback(shape, sharding, lambda index: shards[_key(index, shape)])
 
 
 def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
-    """A device's part of an array as (start, stop) of each axis."""
     return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 

@@ -107,10 +107,11 @@ def entries(config: ModelConfig) -> list[Entry]:
         attention("kv_a_proj_with_mqa", "w d -> d w", "w -> w" if has_bias else None)
         attention("kv_b_proj", "(h k) r -> r h k", None)
     attention("o_proj", "d (h k) -> h k d", "d -> d" if text.attention_output_bias else None)
-    return table + (_vision_entries() if config.vision_config is not None else [])
+    vision = config.vision_config
+    return table if vision is None else table + _vision_entries(len(vision.deepstack_visual_indexes))
 
 
-def _vision_entries() -> list[Entry]:
+def _vision_entries(deepstack_levels: int) -> list[Entry]:
     table: list[Entry] = []
 
     def module(path: str, name: str, weight: str, bias: str | None = None) -> None:
@@ -130,11 +131,10 @@ def _vision_entries() -> list[Entry]:
         "(three h k) -> three h k",
     )
     module("blocks/proj/kernel", "blocks.{i}.attn.proj", "d (h k) -> h k d", "d -> d")
-    for merger, prefix in (
-        ("blocks", "blocks.{i}.mlp"),
-        ("merger", "merger"),
-        ("deepstack_merger_list", "deepstack_merger_list.{i}"),
-    ):
+    mergers = {"blocks": "blocks.{i}.mlp", "merger": "merger"}
+    if deepstack_levels:
+        mergers["deepstack_merger_list"] = "deepstack_merger_list.{i}"
+    for merger, prefix in mergers.items():
         for linear in ("linear_fc1", "linear_fc2"):
             module(f"{merger}/{linear}/kernel", f"{prefix}.{linear}", "o i -> i o", "o -> o")
         if merger != "blocks":
@@ -151,8 +151,6 @@ def tensors(config: ModelConfig) -> list[Tensor]:
         fixed = dict(c=vision.in_channels, t=vision.temporal_patch_size, y=side, x=side)
     found: list[Tensor] = []
     for entry in entries(config):
-        if "deepstack_merger_list" in entry.path and not vision.deepstack_visual_indexes:
-            continue
         shape = lookup(abstract, entry.path).shape
         count = shape[0] if entry.stacked else 1
         shape = shape[1:] if entry.stacked else shape

@@ -112,7 +112,8 @@ def _vision(
 
     slots = chunks * width
     index = np.full(input_ids.shape, -1, np.int32)
-    patches = np.zeros((len(rows), slots, vision.patch_dim), np.uint8)
+    dtypes = [sample.patches.dtype for samples in rows for sample in samples]
+    patches = np.zeros((len(rows), slots, vision.patch_dim), np.result_type(*dtypes) if dtypes else np.uint8)
     coords = np.zeros((len(rows), slots, 4), np.int32)
     segments = np.zeros((len(rows), slots), np.int32)
     for row, samples in enumerate(rows):

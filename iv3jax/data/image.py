@@ -9,6 +9,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from iv3jax.data.sizes import image_size
 from iv3jax.errors import UserError
 
+# Pillow also opens MPEG, and takes other videos for Targa.
+_PICTURES = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000")
+
 
 def read_image(path: str | Path, *, min_pixels: int, max_pixels: int) -> npt.NDArray[np.uint8]:
     """Reads one picture (of an animation, the first).
@@ -52,6 +55,17 @@ def read_image(path: str | Path, *, min_pixels: int, max_pixels: int) -> npt.NDA
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return resize(picture, height, width)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a still picture; animated GIF and PNG count as videos."""
+    try:
+        with Image.open(path) as image:
+            moves = image.format in ("GIF", "PNG") and getattr(image, "is_animated", False)
+            return image.format in _PICTURES and not moves
+    # What Pillow cannot open is no picture.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

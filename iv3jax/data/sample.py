@@ -35,7 +35,7 @@ class Sample:
         input_ids: (T,) int32.
         positions: (3, T) int32, time, height and width (SPEC §5), from 0.
         labels: (T,) int32, the next token where a loss is taken, else −100; the last is −100.
-        patches: (N, P) uint8 in the order of SPEC §4; (0, P) without vision.
+        patches: (N, P) uint8 in the order of SPEC §4, or floats normalised to [−1, 1]; (0, P) without vision.
         grids: (t, h, w) in patches of each image and video, in order of appearance.
         media: one record for each of the grids.
     """

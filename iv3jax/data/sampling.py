@@ -1,5 +1,7 @@
 """Which frames of a video are looked at, and the times the model reads beside them (SPEC §5)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -37,6 +39,24 @@ def sample_indices(
     count = max(min(max(wanted, min_frames), max_frames, total_frames), min_frames)
     indices = np.linspace(0, total_frames - 1, count).round().astype(np.int64)
     return np.append(indices, indices[-1:]) if count % 2 else indices
+
+
+def average_rate(
+    times: npt.NDArray[np.float64], duration: float, stated: Sequence[float], tick: float
+) -> float:
+    """The rate of a video, frames a second: a stated one if the times keep to it, else frames / duration.
+
+    Args:
+        times: (N,) seconds, the first 0.
+        duration: seconds, the last frame's own included.
+        stated: rates that the file claims, best first.
+        tick: unit of the file's timestamps in seconds. A rate is kept to within one tick, because
+            timestamps in whole milliseconds round a constant rate.
+    """
+    for rate in stated:
+        if np.abs(times - np.arange(len(times)) / rate).max() <= 1.001 * tick:
+            return rate
+    return len(times) / duration
 
 
 def temporal_patch_times(frame_times: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

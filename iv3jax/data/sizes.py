@@ -57,7 +57,7 @@ def video_size(
         raise ValueError(f"a video needs at least 2 frames (one may be repeated), not {num_frames}")
     if min(height, width) < factor:
         raise UserError(
-            f"frames of {width}x{height} pixels are too small, a side must have at least {factor}: scale it up"
+            f"frames of {width}x{height} pixels are too small, a side needs at least {factor}: scale it up"
         )
     _check(height, width, min_pixels, max_pixels)
     h, w = round(height / factor) * factor, round(width / factor) * factor

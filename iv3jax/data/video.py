@@ -6,25 +6,28 @@ find out. Reading decodes only from the keyframe before a wanted frame, and chec
 is what the packets promised.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import cast
 
 import av
 import numpy as np
 import numpy.typing as npt
+from av.buffer import Buffer
+from av.container import InputContainer
 from av.error import FFmpegError
 from av.packet import Packet
-from av.stream import Discard, Disposition
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from iv3jax.data.image import resize
-from iv3jax.data.sampling import sample_indices
+from iv3jax.data.image import is_picture, resize
+from iv3jax.data.sampling import average_rate, sample_indices
 from iv3jax.data.sizes import video_size
 from iv3jax.errors import UserError
 
@@ -33,11 +36,11 @@ _THREADS = 2
 _MIN_SKIP = 8
 # Demuxers that pass on the presentation times the file holds. Others (AVI, MPEG program streams, raw
 # streams) make them up, wrongly where there are B-frames.
-_MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
-_TIMED_CONTAINERS = {_MP4, "matroska,webm", "mpegts", "flv"}
+_TIMED_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv"}
+# A recording in these may begin between two keyframes; what comes before the first cannot be shown.
+_START_ANYWHERE = {"mpegts", "mpeg", "mpegvideo", "h264", "hevc"}
 _NONE = np.iinfo(np.int64).min
 _REENCODE = "re-encode it with `ffmpeg -i IN OUT.mp4`"
-_PICTURES = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +76,7 @@ class VideoFrames:
         frames: (n, h, w, 3) uint8 RGB, resized; n is even.
         times: (n,) float64 presentation time in seconds, the file's first frame being 0.
         indices: (n,) int64 numbers of the frames in the file, not decreasing.
-        total_frames: frames in the file.
-        source_fps: average rate of the file, frames a second.
-        duration: of the file, in seconds.
+        total_frames, source_fps, duration: the file's, in frames, frames a second and seconds.
         source_size: (height, width) of the file's frames as they are shown, in pixels.
     """
 
@@ -89,7 +90,7 @@ class VideoFrames:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Finds the frames of a video and their times, reading the whole file once.
+    """Finds the frames of a video and their times, reading the whole file.
 
     Raises:
         UserError: no such file, a folder, no video, a picture, sound only, no frames, truncated or
@@ -138,11 +139,11 @@ def read_video(
     path = Path(path)
     try:
         return sample(_scan(path))
-    except _NotAsListed:
+    except _NotAsListedError:
         return sample(_scan_by_decoding(path))
 
 
-class _NotAsListed(Exception):
+class _NotAsListedError(Exception):
     """What was decoded differs from what the packets promised."""
 
 
@@ -185,13 +186,18 @@ class _Decoder:
         self.stream = stream
         self.failures = 0
 
-    def feed(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
+    def feed(self, packet: Packet | None) -> list[VideoFrame]:
         """The frames that come out when a packet goes in; None asks for all that are left."""
         try:
             return self.stream.decode(packet)
         except FFmpegError:
             self.failures += 1
             return []
+
+    def everything(self) -> Iterator[VideoFrame]:
+        """All frames of the file."""
+        for packet in chain(_demux(self.stream), (None,)):
+            yield from self.feed(packet)
 
     def drain(self) -> list[VideoFrame]:
         """The frames that are left; afterwards the decoder can start anew at a keyframe."""
@@ -220,15 +226,12 @@ def _scan(path: Path) -> _Scan:
         except FFmpegError:
             cut = True
         first = first or decoder.drain()
-        entries, is_mp4 = len(stream.index_entries), stream.container.format.name == _MP4
-        timed = stream.container.format.name in _TIMED_CONTAINERS
+        timed, stated = stream.container.format.name in _TIMED_CONTAINERS, stream.frames
         rates, tick = _rates(stream), Fraction(stream.time_base or 1)
-    columns = list(zip(*rows, strict=True)) or [()] * 5
-    packets = _Packets(
-        *(np.array(c, np.int64) for c in columns[:3]), *(np.array(c, np.bool_) for c in columns[3:])
-    )
+    table = np.array(rows, np.int64).reshape(-1, 5)
+    packets = _Packets(table[:, 0], table[:, 1], table[:, 2], table[:, 3] > 0, table[:, 4] > 0)
     if missing or cut:
-        _raise_truncated(path, packets, tick, len(rows) - cut, entries if is_mp4 else 0)
+        raise _truncated(path, packets, tick, len(rows) - cut, stated)
     if not packets.shown.any():
         raise UserError(f"{path}: the video holds no frames; record or export it again")
     if not first:
@@ -243,15 +246,11 @@ def _scan(path: Path) -> _Scan:
 def _is_complete(packets: _Packets) -> bool:
     """True where the packets surely tell all frames, in their order."""
     pts, dts = packets.pts, packets.dts[packets.dts != _NONE]
-    return bool(
-        not (pts == _NONE).any()
-        and len(np.unique(pts)) == len(pts)
-        # Time that runs backwards: recordings joined without new timestamps.
-        and (np.diff(dts) > 0).all()
-        # Frames before the first keyframe may or may not be decodable.
-        and packets.keyframe[0]
-        and pts[0] == pts.min()
-    )
+    timed = not (pts == _NONE).any() and len(np.unique(pts)) == len(pts)
+    # Time runs backwards in recordings joined without new timestamps.
+    one_piece = (np.diff(dts) > 0).all()
+    # Frames before the first keyframe may or may not be decodable.
+    return bool(timed and one_piece and packets.keyframe[0] and pts[0] == pts.min())
 
 
 def _scan_by_decoding(path: Path) -> _Scan:
@@ -259,23 +258,22 @@ def _scan_by_decoding(path: Path) -> _Scan:
     with _open(path, 0) as stream:
         decoder = _Decoder(stream)
         pts: list[int | None] = []
-        first: VideoFrame | None = None
-        total = allowed = 0
-        for packet in _and_end(_demux(stream)):
-            total += packet is not None
-            if total == 1 and packet is not None:
-                starts_inside = not packet.is_keyframe
+        listed: list[int | None] = []
+        first, early = None, 0
+        for packet in chain(_demux(stream), (None,)):
+            if packet is not None and not packet.is_discard:
+                listed.append(packet.pts)
             for frame in decoder.feed(packet):
                 if first is None:
-                    first = frame
-                    # A recording that starts between keyframes cannot show anything before the next.
-                    allowed = decoder.failures if starts_inside else 0
+                    first, early = frame, decoder.failures
                 pts.append(frame.pts)
         rates, tick = _rates(stream), Fraction(stream.time_base or 1)
-    if first is None or decoder.failures > allowed:
-        raise UserError(
-            f"{path}: truncated or damaged: only {len(pts)} of {total} frames can be decoded; {_REENCODE}"
-        )
+        anywhere = stream.container.format.name in _START_ANYWHERE
+    start = None if first is None else first.pts
+    lost = 0 if start is None else sum(p is not None and p < start for p in listed)
+    if first is None or (decoder.failures > early if anywhere else decoder.failures or lost):
+        some = f"only {len(pts)} of {len(listed)} frames can be decoded"
+        raise UserError(f"{path}: truncated or damaged: {some}; {_REENCODE}")
     known = [p for p in pts if p is not None]
     if len(known) < len(pts) or (np.diff(known) <= 0).any():
         # No usable times: the rate is all there is.
@@ -297,23 +295,14 @@ def _info(
     """Times and average rate from timestamps in presentation order, in ticks of `tick` seconds."""
     # Divided last, so that a constant rate gives exactly index / fps.
     times = (pts - pts[0]) * tick.numerator / tick.denominator
-    if last_duration > 0:
-        last = float(last_duration * tick)
-    elif len(times) > 1:
-        last = float(np.median(np.diff(times)))
-    else:
-        last = float(1 / rates[0]) if rates else 1.0
+    last = float(last_duration * tick)
+    if last_duration <= 0:
+        last = float(np.median(np.diff(times)) if len(times) > 1 else 1 / rates[0] if rates else 1)
     duration = float(times[-1]) + last
-    fps = len(times) / duration
-    for rate in rates:
-        # Timestamps in whole milliseconds round a constant rate; it is constant all the same.
-        if np.abs(times - np.arange(len(times)) / float(rate)).max() <= 1.001 * tick:
-            fps = float(rate)
-            break
+    fps = average_rate(times, duration, [float(rate) for rate in rates], float(tick))
     a, b, _, _ = _display_matrix(first)
-    height, width = first.height, first.width
-    if abs(b) > abs(a):
-        height, width = width, height
+    turned = abs(b) > abs(a)
+    width, height = (first.height, first.width) if turned else (first.width, first.height)
     return VideoInfo(path, width, height, times, fps, duration)
 
 
@@ -326,31 +315,23 @@ def _rates(stream: VideoStream) -> list[Fraction]:
 def _read(scan: _Scan, indices: npt.NDArray[np.int64], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
     """Decodes frames by number: (n, h, w, 3) uint8 RGB, each upright and resized to (h, w)."""
     out = np.empty((len(indices), *size, 3), np.uint8)
+    left = set(indices.tolist())
 
     def store(frame: VideoFrame, number: int) -> None:
-        rgb = _upright(frame.to_ndarray(format="rgb24"), scan.matrix)
-        out[indices == number] = resize(Image.fromarray(rgb), *size)
+        rgb = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+        out[indices == number] = resize(Image.fromarray(_upright(rgb, scan.matrix)), *size)
+        left.discard(number)
 
     with _open(scan.info.path, 0) as stream:
         if scan.packets is None:
-            _decode_counting(stream, scan.info, set(indices.tolist()), store)
+            for number, frame in enumerate(_Decoder(stream).everything()):
+                if number in left:
+                    store(frame, number)
         else:
             _decode_listed(stream, scan.packets, np.unique(indices), store)
+    if left:
+        raise UserError(f"{scan.info.path}: changed while it was read; read it again")
     return out
-
-
-def _decode_counting(
-    stream: VideoStream, info: VideoInfo, wanted: set[int], store: Callable[[VideoFrame, int], None]
-) -> None:
-    """Decodes everything and stores the wanted frames by their place among what comes out."""
-    decoder, number = _Decoder(stream), 0
-    for packet in _and_end(_demux(stream)):
-        for frame in decoder.feed(packet):
-            if number in wanted:
-                store(frame, number)
-            number += 1
-    if number != info.num_frames:
-        raise UserError(f"{info.path}: changed while it was read; read it again")
 
 
 def _decode_listed(
@@ -376,7 +357,7 @@ def _decode_listed(
                 frames += decoder.drain()
             for frame in frames:
                 if frame.pts is None:
-                    raise _NotAsListed
+                    raise _NotAsListedError
                 # Frames before the keyframe belong to the group before, and may be garbage here.
                 if frame.pts >= start:
                     seen.append(frame.pts)
@@ -386,7 +367,7 @@ def _decode_listed(
                 break
         promised = packets.pts[first : last + 1][packets.shown[first : last + 1]]
         if sorted(seen) != sorted(promised[promised >= start].tolist()):
-            raise _NotAsListed
+            raise _NotAsListedError
 
 
 def _runs(packets: _Packets, positions: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
@@ -410,10 +391,11 @@ def _runs(packets: _Packets, positions: npt.NDArray[np.int64]) -> list[tuple[int
 
 
 def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
-    data = frame.side_data.get("DISPLAYMATRIX")
+    # The stubs know a single kind of side data.
+    data = cast(Mapping[str, Buffer], frame.side_data).get("DISPLAYMATRIX")
     if data is None:
         return 1, 0, 0, 1
-    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
     return a, b, c, d
 
 
@@ -437,13 +419,7 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path}: is a folder; give a video file inside it") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from None
-    try:
-        with Image.open(path, formats=_PICTURES) as picture:
-            moves = picture.format in ("GIF", "PNG") and getattr(picture, "is_animated", False)
-    # Only the header matters here: whatever Pillow cannot open is no picture.
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return
-    if not moves:
+    if is_picture(path):
         raise UserError(f"{path}: is a picture, not a video; pass it as an image")
 
 
@@ -454,121 +430,71 @@ def _open(path: Path, missing: int) -> Iterator[VideoStream]:
         # The prefix keeps a colon in a file name from being read as a protocol.
         container = av.open(f"file:{path}", "r")
     except FFmpegError:
-        if missing or _is_mp4(path):
+        with path.open("rb") as file:
+            unfinished = missing or _is_mp4(file.read(8))
+        if unfinished:
             raise UserError(
-                f"{path}: truncated or never finished, its index (moov) is missing; fetch or record it again"
+                f"{path}: truncated or never finished, its index is missing; fetch it again"
             ) from None
         raise UserError(f"{path}: not a video that FFmpeg can read; convert it to MP4") from None
     with container:
         video = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if container.format.name == "tty":
             raise UserError(f"{path}: is a text file, not a video; give a video file")
-        if not video and container.streams.audio:
-            raise UserError(f"{path}: holds sound but no picture; give a file with a video track")
+        if not video and missing:
+            raise UserError(f"{path}: truncated, {missing} bytes are missing; fetch it again")
         if not video:
-            if missing:
-                raise UserError(f"{path}: truncated, {missing} bytes are missing; fetch it again")
-            raise UserError(f"{path}: holds no video track; give a video file")
+            holds = "sound but no picture" if container.streams.audio else "neither picture nor sound"
+            raise UserError(f"{path}: holds {holds}; give a file with a video track")
         stream = video[0]
         if stream.codec_context is None:
             raise UserError(f"{path}: its codec cannot be decoded here; {_REENCODE}")
-        for other in container.streams:
-            if other is not stream:
-                other.discard = Discard.all
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = _THREADS
         yield stream
 
 
-def _demux(stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+def _demux(stream: VideoStream) -> Iterator[Packet]:
     """The packets of a stream without empty ones, which a decoder takes for the end."""
-    return (packet for packet in stream.container.demux(stream) if packet.size)
+    container = cast(InputContainer, stream.container)
+    return (packet for packet in container.demux(stream) if packet.size)
 
 
-def _and_end(
-    packets: Iterator[Packet[VideoStream]],
-) -> Iterator[Packet[VideoStream] | None]:
-    """The packets, then None."""
-    yield from packets
-    yield None
-
-
-def _raise_truncated(path: Path, packets: _Packets, tick: Fraction, whole: int, entries: int) -> NoReturn:
-    """Refuses a file that was cut off, telling how far it goes."""
-    times = packets.pts[:whole]
-    times = times[times != _NONE]
-    seconds = float((times.max() - times.min()) * tick) if len(times) else 0.0
-    of = f" of {entries}" if entries > whole else ""
-    raise UserError(
+def _truncated(path: Path, packets: _Packets, tick: Fraction, whole: int, stated: int) -> UserError:
+    """The error for a file that was cut off after `whole` packets of a `stated` number of frames."""
+    pts = packets.pts[:whole]
+    seconds = float(np.ptp(pts[pts != _NONE]) * tick) if (pts != _NONE).any() else 0.0
+    of = f" of {stated}" if stated > whole else ""
+    return UserError(
         f"{path}: truncated: only {whole}{of} frames, the first {seconds:.1f} seconds, are there; "
         "fetch it again, or keep those with `ffmpeg -i IN OUT.mp4`"
     )
 
 
 def _missing_bytes(path: Path) -> int:
-    """How many bytes the container's own headers (MP4, Matroska, AVI) promise beyond the end."""
-    size = path.stat().st_size
+    """How many bytes the container's own headers (AVI, Matroska, MP4) promise beyond the end."""
+    size, end = path.stat().st_size, 0
     with path.open("rb") as file:
-        head = file.read(12)
-        if head[:4] == b"RIFF":
-            end = _riff_end(file, size)
-        elif head[:4] == b"\x1a\x45\xdf\xa3":
-            end = _segment_end(file)
-        elif _is_mp4(path):
-            end = _boxes_end(file, size)
-        else:
-            end = 0
+        head = file.read(4096)
+        segment = head.find(b"\x18\x53\x80\x67") + 4
+        if head[:4] == b"RIFF" and head[4:8] != b"\xff\xff\xff\xff":
+            end = 8 + int.from_bytes(head[4:8], "little")
+        elif head[:4] == b"\x1a\x45\xdf\xa3" and segment > 4 and any(head[segment : segment + 1]):
+            # As many leading zero bits as bytes follow; all ones, in a live recording, mean unknown.
+            width = 9 - head[segment].bit_length()
+            unknown = (1 << 7 * width) - 1
+            length = int.from_bytes(head[segment : segment + width], "big") & unknown
+            end = 0 if length == unknown else segment + width + length
+        while _is_mp4(head) and end + 8 <= size:
+            file.seek(end)
+            box = file.read(16)
+            length = int.from_bytes(box[8:16] if box[:4] == b"\0\0\0\1" else box[:4], "big")
+            # 0 means to the end of the file; odd kinds of box are padding that some recorders leave.
+            if length < 8 or (end + length > size and box[4:8] not in (b"moov", b"moof", b"mdat")):
+                break
+            end += length
     return max(end - size, 0)
 
 
-def _is_mp4(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(8)[4:] in (b"ftyp", b"moov", b"mdat", b"wide", b"styp")
-
-
-def _boxes_end(file: BinaryIO, size: int) -> int:
-    """Where the top-level boxes of an MP4 end."""
-    position = 0
-    while position + 8 <= size:
-        file.seek(position)
-        head = file.read(16)
-        length = int.from_bytes(head[8:16] if head[:4] == b"\0\0\0\1" else head[:4], "big")
-        # 0 means to the end of the file; odd kinds of box are padding that some recorders leave.
-        if length < 8 or (position + length > size and head[4:8] not in (b"moov", b"moof", b"mdat")):
-            return size
-        position += length
-    return position
-
-
-def _segment_end(file: BinaryIO) -> int:
-    """Where the segment of a Matroska file ends; 0 for a live recording, which does not say."""
-    file.seek(4)
-    file.seek(_ebml_size(file) or 0, 1)
-    if file.read(4) != b"\x18\x53\x80\x67":
-        return 0
-    length = _ebml_size(file)
-    return 0 if length is None else file.tell() + length
-
-
-def _ebml_size(file: BinaryIO) -> int | None:
-    """A Matroska length: as many leading zero bits as bytes follow; all ones mean unknown."""
-    first = file.read(1)
-    if not first or not first[0]:
-        return None
-    more = 8 - first[0].bit_length()
-    unknown = (1 << 7 * (more + 1)) - 1
-    value = int.from_bytes(first + file.read(more), "big") & unknown
-    return None if value == unknown else value
-
-
-def _riff_end(file: BinaryIO, size: int) -> int:
-    """Where the RIFF chunks of an AVI end; large files have several."""
-    position = 0
-    while position + 8 <= size:
-        file.seek(position)
-        head = file.read(8)
-        length = int.from_bytes(head[4:], "little")
-        if head[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):
-            return 0
-        position += 8 + length
-    return position
+def _is_mp4(head: bytes) -> bool:
+    return head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"styp")

@@ -130,9 +130,7 @@ def generate(
     )
 
 
-def _prefill(
-    model: InternVideo3, params: Params, batch: Batch, cache: Cache, lengths: np.ndarray
-) -> _State:
+def _prefill(model: InternVideo3, params: Params, batch: Batch, cache: Cache, lengths: np.ndarray) -> _State:
     """Feeds the prompt chunk by chunk; the video is encoded once, before."""
     visual = None if batch.patches is None else _encode(model, params, batch)
     length = batch.input_ids.shape[1]
@@ -146,7 +144,11 @@ def _prefill(
     real = np.asarray(batch.segment_ids != 0)
     position = jnp.asarray(np.where(real, np.asarray(batch.positions).max(axis=0), -1).max(axis=1) + 1)
     return _State(
-        cache, _logits(model, params, last), position.astype(jnp.int32), jnp.zeros(len(lengths), bool), jnp.zeros((), jnp.int32)
+        cache,
+        _logits(model, params, last),
+        position.astype(jnp.int32),
+        jnp.zeros(len(lengths), bool),
+        jnp.zeros((), jnp.int32),
     )
 
 
@@ -157,9 +159,7 @@ def _columns(batch: Batch, start: int, size: int) -> Batch:
         if x is None:
             return None
         part = np.asarray(x)[..., start : start + size]
-        return np.pad(
-            part, [(0, 0)] * (part.ndim - 1) + [(0, size - part.shape[-1])], constant_values=fill
-        )
+        return np.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, size - part.shape[-1])], constant_values=fill)
 
     return Batch(
         cut(batch.input_ids),

@@ -85,13 +85,19 @@ class GQAAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, tokens.rope), rotate(key, tokens.rope)
         query = constrain(query, "batch", "sequence", "act_heads", None)
-        if entries is not None:
+        if entries is not None and tokens.slots is not None:
             entries = {
                 "key": write(entries["key"], layer, tokens.slots, key),
                 "value": write(entries["value"], layer, tokens.slots, value),
             }
             key, value = (entries[k][layer].astype(self.run.dtype) for k in ("key", "value"))
         return self.o_proj(ops.attention(query, key, value, tokens.mask())), entries
+
+
+def _rank(config: TextConfig) -> int:
+    if config.kv_lora_rank is None:
+        raise ValueError("M²LA needs a kv_lora_rank")
+    return config.kv_lora_rank
 
 
 class M2LAAttention(nn.Module):
@@ -102,7 +108,7 @@ class M2LAAttention(nn.Module):
 
     def setup(self) -> None:
         c, run = self.config, self.run
-        width, heads, rank = c.hidden_size, c.num_attention_heads, c.kv_lora_rank
+        width, heads, rank = c.hidden_size, c.num_attention_heads, _rank(c)
         n, e, v = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
         head = ("heads", "head_dim")
         self.q_proj = Linear((width,), (heads, n + e), ("embed",), head, c.attention_bias, run)
@@ -121,13 +127,13 @@ class M2LAAttention(nn.Module):
         few, the query is carried into latent space instead. Both are the same function.
         """
         c = self.config
-        n, rank = c.qk_nope_head_dim, c.kv_lora_rank
+        n, rank = c.qk_nope_head_dim, _rank(c)
         query = constrain(self.q_proj(x), "batch", "sequence", "act_heads", None)
         q_nope, q_rope = query[..., :n], rotate_interleaved(query[..., n:], tokens.rope)
         latent = self.kv_a_proj_with_mqa(x)
         k_rope = rotate_interleaved(latent[..., rank:], tokens.rope)
         latent = jnp.concatenate([latent[..., :rank], k_rope], axis=-1)
-        if entries is not None:
+        if entries is not None and tokens.slots is not None:
             entries = {"latent": write(entries["latent"], layer, tokens.slots, latent)}
             latent = entries["latent"][layer].astype(self.run.dtype)
         if entries is not None and x.shape[1] <= ABSORBED_QUERIES:

@@ -77,8 +77,8 @@ def fake_batch(
     index = np.full((rows, length), -1, np.int32)
     index[:, 1 : 1 + tokens] = np.arange(tokens)
     ids[:, 1 : 1 + tokens] = config.video_token_id
-    order = np.arange(per_chunk).reshape(height // merge, merge, width // merge, merge)
-    order = order.transpose(0, 2, 1, 3).ravel()
+    blocks = np.arange(per_chunk).reshape(height // merge, merge, width // merge, merge)
+    order = blocks.transpose(0, 2, 1, 3).ravel()
     coords = np.stack(
         [order // width, order % width, np.full_like(order, height), np.full_like(order, width)], -1
     )

@@ -41,15 +41,15 @@ class Cache(NamedTuple):
     def advanced(self, entries: dict[str, Array], segment_ids: Array) -> "Cache":
         """The cache after the new tokens were written into `entries`."""
         wanted = self.length + jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
-        return Cache(
-            entries, jnp.minimum(wanted, self.capacity), self.overflow | (wanted > self.capacity)
-        )
+        return Cache(entries, jnp.minimum(wanted, self.capacity), self.overflow | (wanted > self.capacity))
 
 
 def init_cache(config: TextConfig, rows: int, capacity: int, dtype: DType = jnp.bfloat16) -> Cache:
     """An empty cache of `rows` × `capacity` tokens."""
     if config.kv_lora_rank is None:
-        widths = {k: (config.num_key_value_heads, config.head_dim) for k in ("key", "value")}
+        widths: dict[str, tuple[int, ...]] = {
+            k: (config.num_key_value_heads, config.head_dim) for k in ("key", "value")
+        }
     else:
         widths = {"latent": (config.cache_width,)}
     shape = (config.num_hidden_layers, rows, capacity)

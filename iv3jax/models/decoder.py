@@ -92,8 +92,6 @@ class Decoder(nn.Module):
         )(c, run, name="layers")
         entries = None if cache is None else cache.entries
         carry = (constrain(hidden, "batch", "sequence", "hidden"), entries)
-        (hidden, entries), _ = layers(
-            carry, jnp.arange(c.num_hidden_layers), tokens, deepstack, visual_index
-        )
+        (hidden, entries), _ = layers(carry, jnp.arange(c.num_hidden_layers), tokens, deepstack, visual_index)
         hidden = RMSNorm(c.hidden_size, c.rms_norm_eps, run, name="norm")(hidden)
         return hidden, None if cache is None else cache.advanced(entries, segment_ids)

@@ -28,7 +28,7 @@ class Output(NamedTuple):
 
 
 class InternVideo3(nn.Module):
-    """`model.apply({"params": params}, batch)` → Output; `method="encode"` and `method="logits"` beside it."""
+    """`model.apply({"params": params}, batch)` → Output; also `method="encode"` and `method="logits"`."""
 
     config: ModelConfig
     run: Execution = dataclasses.field(default_factory=Execution)
@@ -39,9 +39,7 @@ class InternVideo3(nn.Module):
         self.embed_tokens = Embedding(text.vocab_size, text.hidden_size, ("vocab", "embed"), run)
         self.language_model = Decoder(text, run)
         if not text.tie_word_embeddings:
-            self.lm_head = Linear(
-                (text.hidden_size,), (text.vocab_size,), ("embed",), ("vocab",), False, run
-            )
+            self.lm_head = Linear((text.hidden_size,), (text.vocab_size,), ("embed",), ("vocab",), False, run)
         if c.vision_config is not None:
             self.visual = VisionTower(c.vision_config, run)
 
@@ -67,9 +65,7 @@ class InternVideo3(nn.Module):
         if visual is not None and index is not None:
             seen = gather_visual(visual.tokens.astype(hidden.dtype), index)
             hidden = jnp.where(index[..., None] >= 0, seen, hidden)
-        hidden, cache = self.language_model(
-            hidden, batch.positions, batch.segment_ids, visual, index, cache
-        )
+        hidden, cache = self.language_model(hidden, batch.positions, batch.segment_ids, visual, index, cache)
         return Output(hidden, cache)
 
     def logits(self, hidden: Array) -> Array:

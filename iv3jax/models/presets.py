@@ -1,5 +1,7 @@
 """The model shapes that have a name. No weights: a preset is a config, nothing more."""
 
+from typing import Any
+
 from iv3jax.errors import UserError
 from iv3jax.models.config import ModelConfig, TextConfig, VisionConfig
 
@@ -13,7 +15,7 @@ _TOWER_8B = VisionConfig(
     deepstack_visual_indexes=(8, 16, 24),
 )
 
-_DECODER_8B = dict(
+_DECODER_8B: dict[str, Any] = dict(
     vocab_size=151936,
     hidden_size=4096,
     intermediate_size=12288,

@@ -38,7 +38,9 @@ class VisionBlock(nn.Module):
         head = ("heads", "head_dim")
 
         y = LayerNorm(c.hidden_size, run, name="norm1")(hidden)
-        qkv = Linear((c.hidden_size,), (3, heads, dim), ("embed",), ("three", *head), True, run, name="qkv")(y)
+        qkv = Linear((c.hidden_size,), (3, heads, dim), ("embed",), ("three", *head), True, run, name="qkv")(
+            y
+        )
         query, key, value = (qkv[..., i, :, :] for i in range(3))
         mask = ops.AttentionMask(segment_ids, segment_ids)
         y = ops.attention(rotate(query, rope), rotate(key, rope), value, mask)
@@ -163,9 +165,9 @@ class VisionTower(nn.Module):
             x = x.reshape(group, steps, *x.shape[1:]).swapaxes(0, 1)
             return constrain(x, None, "chunk_groups", *[None] * (x.ndim - 2))
 
-        step = nn.scan(
-            _TowerStep, variable_broadcast="params", split_rngs={"params": False}, length=steps
-        )(self.config, self.run, name="tower")
+        step = nn.scan(_TowerStep, variable_broadcast="params", split_rngs={"params": False}, length=steps)(
+            self.config, self.run, name="tower"
+        )
         _, (tokens, levels) = step(None, (stepped(patches), stepped(coords), stepped(segment_ids)))
 
         def restored(x: Array) -> Array:

@@ -53,9 +53,7 @@ def make_optimizer(config: OptimizerConfig, boxed: Params) -> optax.GradientTran
             return None
         first = int(box.names[0] == "layers")
         last = first + _INPUT_AXES[box.names[first]]
-        return contrib.MuonDimensionNumbers(
-            tuple(range(first, last)), tuple(range(last, len(box.names)))
-        )
+        return contrib.MuonDimensionNumbers(tuple(range(first, last)), tuple(range(last, len(box.names))))
 
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     numbers: Any = jax.tree_util.tree_map_with_path(dimensions, boxed, is_leaf=is_box)
