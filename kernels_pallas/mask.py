@@ -40,7 +40,5 @@ class AttentionMask(NamedTuple):
 
 def masked_softmax(logits: jax.Array, allowed: jax.Array) -> jax.Array:
     """Softmax over the last axis in fp32; a row that may see nothing gives zeros, not NaN."""
-    logits = jnp.where(allowed, logits.astype(jnp.float32), -jnp.inf)
-    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-1e30))
-    weights = jnp.where(allowed, jnp.exp(logits - peak), 0.0)
-    return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
+    weights = jax.nn.softmax(jnp.where(allowed, logits.astype(jnp.float32), -1e30), axis=-1)
+    return weights * jnp.any(allowed, axis=-1, keepdims=True)

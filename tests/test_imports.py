@@ -23,7 +23,7 @@ ROWS = [
     ["bench", "serve", "eval", "agent", "train", "mcr", "conversion", "generate"],
     ["checkpoint", "data"],
     ["models"],
-    ["ops", "sharding", "typing"],
+    ["ops", "sharding", "typing", "compiles"],
     ["kernels_pallas"],
 ]
 GROUPS = {name for row in ROWS for name in row} | {"errors", "configs"}

@@ -148,7 +148,12 @@ def _stream(files: TensorFiles, expected: list[Tensor], model: InternVideo3, mes
 
 def _assemble(shape: tuple[int, ...], sharding: NamedSharding, shards: dict[Bounds, np.ndarray]) -> jax.Array:
     """One array from its parts in host memory."""
-    return jax.make_array_from_callback(shape, sharding, lambda index: shards[_key(index, shape)])
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # only for shardings that are not fully described by their mesh
+        return shards[_key(index, shape)]
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:

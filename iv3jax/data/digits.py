@@ -6,11 +6,15 @@ sample asks and how its answer is judged is here; how it becomes tokens is the p
 """
 
 import importlib.metadata
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import av
 import numpy as np
 from PIL import Image
 
@@ -144,11 +148,17 @@ def make_events(rng: np.random.Generator, count: int, duration: float) -> tuple[
 
 
 def make_video(
-    rng: np.random.Generator, split: Split, *, duration: float, events: tuple[Event, ...], shown: bool = True
+    rng: np.random.Generator,
+    split: Split,
+    *,
+    duration: float,
+    events: tuple[Event, ...],
+    zeroed: bool = False,
 ) -> DigitVideo:
     """A random stretch of a random clip with the events drawn into it.
 
-    `shown=False` leaves the digits out, panel and all: the control that no answer can be read from.
+    `zeroed` blackens every pixel of every frame that digits are ever drawn on: the control from which
+    nothing can be read, at the same times, in the same words.
     """
     clip = background(str(rng.choice(CLIPS[split])))
     source_fps = float(rng.choice([24.0, 25.0, 30000 / 1001, 30.0]))
@@ -161,10 +171,12 @@ def make_video(
     if rng.random() < 0.5:
         frames = frames[:, :, ::-1]
     frames = (frames * rng.uniform(0.6, 1.0)).astype(np.uint8)
-    for event in events if shown else ():
+    for event in events:
         image = number_image(rng, event.number, split, SIDE // 2, SIDE)
         for i in np.flatnonzero((times >= event.start) & (times < event.end)):
             frames[i] = draw(frames[i], image)
+    if zeroed:
+        frames[:, SIDE // 2 :] = 0
     return DigitVideo(frames, times, duration, events)
 
 
@@ -188,16 +200,45 @@ def ask_about(rng: np.random.Generator, video: DigitVideo, task: Task) -> Questi
     return Question(task, f"When is the number {event.number} shown?", answer, event)
 
 
-def messages(video: DigitVideo, question: Question, *, answered: bool) -> list[dict[str, Any]]:
-    """The conversation as the processor takes it, with the answer for training."""
-    content = [
-        {"type": "video", "frames": video.frames, "times": video.times},
-        {"type": "text", "text": question.text},
-    ]
-    turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if answered:
-        turns.append({"role": "assistant", "content": question.answer})
+def conversation(video: DigitVideo, questions: Sequence[Question], *, answered: bool) -> list[dict[str, Any]]:
+    """The questions as turns of one conversation about the video, with their answers for training."""
+    turns: list[dict[str, Any]] = []
+    for question in questions:
+        content: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
+        if not turns:
+            content.insert(0, {"type": "video", "frames": video.frames, "times": video.times})
+        turns.append({"role": "user", "content": content})
+        if answered:
+            turns.append({"role": "assistant", "content": question.answer})
     return turns
+
+
+def write_video(
+    path: Path, rng: np.random.Generator, split: Split, duration: float, events: tuple[Event, ...]
+) -> None:
+    """Writes an H.264 file of a clip at its own size and rate, there and back, with the events in it."""
+    name = str(rng.choice(CLIPS[split]))
+    with av.open(str(clip_path(name))) as source:
+        stream = source.streams.video[0]
+        rate = Fraction(stream.average_rate or 25)
+        # Even sides, as H.264 wants them; frames enough for the duration, or all there are.
+        pictures = [
+            frame.to_ndarray(format="rgb24")[: frame.height // 2 * 2, : frame.width // 2 * 2]
+            for frame, _ in zip(source.decode(stream), range(round(duration * rate)), strict=False)
+        ]
+    height, width, _ = pictures[0].shape
+    images = {event: number_image(rng, event.number, split, height // 2, width) for event in events}
+    with av.open(str(path), "w") as sink:
+        out = sink.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
+        out.width, out.height, out.pix_fmt = width, height, "yuv420p"
+        for i in range(round(duration * rate)):
+            at = i % max(2 * len(pictures) - 2, 1)
+            picture = pictures[min(at, 2 * len(pictures) - 2 - at)]
+            for event in events:
+                if event.start <= i / rate < event.end:
+                    picture = draw(picture, images[event])
+            sink.mux(out.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        sink.mux(out.encode(None))
 
 
 def interval_iou(first: tuple[float, float], second: tuple[float, float]) -> float:
@@ -207,3 +248,12 @@ def interval_iou(first: tuple[float, float], second: tuple[float, float]) -> flo
     if min(lengths) <= 0 or shared <= 0:
         return 0.0
     return shared / (sum(lengths) - shared)
+
+
+if __name__ == "__main__":
+    # python -m iv3jax.data.digits OUT.mp4 [SEED]: a held-out video to ask about, and what it shows.
+    _rng = np.random.default_rng(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    _events = make_events(_rng, 1, 10.0)
+    write_video(Path(sys.argv[1]), _rng, "test", 10.0, _events)
+    for _event in _events:
+        print(f"{_event.number} from {_event.start} to {_event.end} seconds")

@@ -48,6 +48,19 @@ class Batch(NamedTuple):
     patch_segment_ids: Array | None = None
 
 
+LOGICAL_AXES = Batch(
+    input_ids=("batch", "sequence"),
+    positions=(None, "batch", "sequence"),
+    segment_ids=("batch", "sequence"),
+    labels=("batch", "sequence"),
+    visual_index=("batch", "sequence"),
+    patches=("batch", None, None, None),
+    patch_coords=("batch", None, None, None),
+    patch_segment_ids=("batch", None, None),
+)
+"""The logical axes of each field (`sharding.RULES`)."""
+
+
 def fake_batch(
     config: ModelConfig,
     rows: int = 2,

@@ -21,31 +21,29 @@ class OptimizerConfig:
     Attributes:
         learning_rate: of Muon, for the kernels.
         adam_learning_rate: of Adam, for embeddings, norms and biases.
-        steps: how many steps there will be.
         warmup, decay: shares of the steps at the start and at the end.
         clip: largest global norm of the gradient.
     """
 
     learning_rate: float = 0.01
     adam_learning_rate: float = 0.003
-    steps: int = 1000
     warmup: float = 0.02
     decay: float = 0.5
     clip: float = 1.0
 
 
-def make_optimizer(config: OptimizerConfig, boxed: Params) -> optax.GradientTransformation:
-    """The transformation for parameters with these logical axes (`boxed_params`)."""
+def make_optimizer(config: OptimizerConfig, steps: int, boxed: Params) -> optax.GradientTransformation:
+    """The transformation for a run of `steps` over parameters with these logical axes (`boxed_params`)."""
 
     def schedule(peak: float) -> optax.Schedule:
-        warm, down = (round(config.steps * share) for share in (config.warmup, config.decay))
+        warm, down = (round(steps * share) for share in (config.warmup, config.decay))
         return optax.join_schedules(
             [
                 optax.linear_schedule(0.0, peak, warm),
                 optax.constant_schedule(peak),
                 optax.linear_schedule(peak, 0.0, down),
             ],
-            [warm, config.steps - down],
+            [warm, steps - down],
         )
 
     def dimensions(path: tuple, box: nn.LogicallyPartitioned) -> contrib.MuonDimensionNumbers | None:

@@ -1,0 +1,207 @@
+"""`iv3`: one short function per subcommand, all of them thin: what they do lives in the package."""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iv3jax.errors import UserError
+
+if TYPE_CHECKING:
+    from iv3jax.checkpoint.load import LoadedModel
+    from iv3jax.generate.ask import Answer
+
+DEMO_MODEL = Path("runs/demo/model")
+"""Where launch/demo.sh leaves the model it trains, below the checkout."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; a UserError becomes one line on stderr and exit code 2."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"iv3: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output went away (`iv3 shapes … | head`): nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="iv3", description="InternVideo3 in JAX: ask a long video.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("ask", _ask, "Ask a question about a video or a picture.")
+    sub.add_argument("video", help="a video or picture file")
+    sub.add_argument("question")
+    sub.add_argument(
+        "--model", help="model folder or preset (default: the model that launch/demo.sh trained)"
+    )
+    sub.add_argument("--random-weights", action="store_true", help="allow a preset, with random weights")
+    sub.add_argument("--fps", type=float, help="frames to sample per second (default: the model folder's)")
+    sub.add_argument("--max-frames", type=int, help="most frames to sample (default: the model folder's)")
+    sub.add_argument("--max-new-tokens", type=int, default=256)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--top-k", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("parity", _parity, "Compare a model folder, or the processing, with golden outputs.")
+    sub.add_argument("model", nargs="?", help="model folder")
+    sub.add_argument("cases", nargs="*", help="golden cases (.safetensors)")
+    sub.add_argument("--processing", metavar="FILE.json", help="golden processing tables")
+    sub.add_argument("--tolerance", type=float, default=2e-4, help="largest difference that passes")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("shapes", _shapes, "Tensor names and shapes of a model, without making it.")
+    sub.add_argument("model", help="preset or model folder")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("train", _train, "Train a model.")
+    sub.add_argument("--config", required=True, help="experiment: configs/NAME.py as NAME or NAME:VARIANT")
+    sub.add_argument("--out", required=True, help="folder; the trained model goes to OUT/model")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the experiment to change")
+
+    sub = command("bench", _bench, "Measure something, side by side with its control or peer.")
+    sub.add_argument("name", choices=["digits"])
+    sub.add_argument("--model", help="model folder (default: the model that launch/demo.sh trained)")
+    sub.add_argument("--samples", type=int, default=500, help="held-out videos per row")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _ask(args: argparse.Namespace) -> int:
+    from iv3jax.generate.ask import ask
+    from iv3jax.generate.sampling import Sampling
+
+    if not args.question.strip():
+        raise UserError("the question is empty")
+    sampling = Sampling(args.temperature, args.top_p, args.top_k)
+    model = _load(args.model, args.random_weights)
+    answer = ask(
+        model,
+        args.video,
+        args.question,
+        fps=args.fps,
+        max_frames=args.max_frames,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        seed=args.seed,
+        on_text=None if args.json else lambda text: print(text, end="", flush=True),
+    )
+    if args.json:
+        print(json.dumps(dataclasses.asdict(answer)))
+    else:
+        print(f"\n\n{_report(answer)}")
+    return 0
+
+
+def _load(name: str | None, random_weights: bool = False) -> "LoadedModel":
+    """The named model, or the demo's."""
+    from iv3jax.checkpoint.load import load
+
+    if name is not None:
+        return load(name, random_weights=random_weights)
+    for root in (Path(), Path(__file__).parents[1]):
+        if (root / DEMO_MODEL).is_dir():
+            return load(root / DEMO_MODEL)
+    raise UserError(
+        f"no --model was named and {DEMO_MODEL} is not there; run `bash launch/demo.sh`, which trains it, "
+        "or name a model folder"
+    )
+
+
+def _report(answer: "Answer") -> str:
+    """What an answer took, line by line."""
+    media = answer.media
+    times = ", ".join(f"{t:.2f}" for t in media.times)
+    lines = [
+        f"frames   {media.frames} of {media.total_frames}, {media.size[1]}x{media.size[0]}, at {times} s",
+        f"tokens   {answer.prompt_tokens} prompt, {answer.new_tokens} new",
+        f"cache    {answer.cache_bytes:,} bytes",
+        f"speed    {answer.prefill_tokens_per_second:,.0f} prompt and "
+        f"{answer.decode_tokens_per_second:,.0f} new tokens/s, compiling left out",
+    ]
+    if not answer.stopped:
+        lines.append("the answer was cut at --max-new-tokens")
+    return "\n".join(lines)
+
+
+def _parity(args: argparse.Namespace) -> int:
+    from iv3jax.bench.parity import model_parity, processing_parity
+
+    if args.processing is None and not args.cases:
+        raise UserError("nothing to compare; name a model folder and golden cases, or --processing FILE.json")
+    rows, failed = [], False
+    if args.processing is not None:
+        rows += [(row, 0.0) for row in processing_parity(args.processing)]
+    if args.cases:
+        rows += [(row, args.tolerance) for row in model_parity(args.model, args.cases)]
+    results = []
+    for row, tolerance in rows:
+        # A NaN is no smaller than any tolerance.
+        passed = row.difference <= tolerance
+        failed |= not passed
+        results.append(dataclasses.asdict(row) | {"tolerance": tolerance, "passed": passed})
+        if not args.json:
+            print(
+                f"{'ok  ' if passed else 'FAIL'} {row.difference:9.2e}  {row.quantity:24} "
+                f"{'×'.join(map(str, row.shape)):12} {row.case}"
+            )
+    if args.json:
+        print(json.dumps({"passed": not failed, "rows": results}))
+    else:
+        worst = max((r["difference"] for r in results), default=0.0, key=lambda d: math.inf if d != d else d)
+        print(
+            f"{'FAILED' if failed else 'passed'}: {len(results)} quantities, largest difference {worst:.2e}"
+        )
+    return int(failed)
+
+
+def _shapes(args: argparse.Namespace) -> int:
+    from iv3jax.checkpoint.shapes import model_shapes
+
+    shapes = model_shapes(args.model)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(shapes)))
+        return 0
+    for name, shape in shapes.tensors.items():
+        print(f"{'×'.join(map(str, shape)):20} {name}")
+    print(f"\n{len(shapes.tensors)} tensors, {shapes.parameters:,} parameters")
+    print(f"cache: {shapes.cache_bytes_per_token:,} bytes per token in bf16")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from iv3jax.train.config import experiment
+    from iv3jax.train.digits import train_digits
+
+    print(f"model written to {train_digits(experiment(args.config, args.overrides), args.out)}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from iv3jax.bench.digits import bench_digits, format_table
+
+    result = bench_digits(_load(args.model), args.samples)
+    print(json.dumps(result) if args.json else format_table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

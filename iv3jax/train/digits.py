@@ -1,0 +1,69 @@
+"""The first trained model: the digit task's mixture, step by step, and the run that learns it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from iv3jax.checkpoint.load import TINY_FILES, LoadedModel
+from iv3jax.checkpoint.save import save
+from iv3jax.data.collate import collate
+from iv3jax.data.digits import Event, Task, ask_about, conversation, make_events, make_video
+from iv3jax.data.packing import pack_rows
+from iv3jax.data.processor import Processor
+from iv3jax.data.sample import Sample
+from iv3jax.models.batch import Batch
+from iv3jax.models.internvideo3 import InternVideo3
+from iv3jax.models.layers import Execution
+from iv3jax.models.presets import preset
+from iv3jax.sharding import make_mesh
+from iv3jax.train.config import DigitsConfig, TrainConfig
+from iv3jax.train.loop import train
+
+
+def train_digits(config: TrainConfig, out: str | Path) -> Path:
+    """Trains a model on the digit task and writes it to OUT/model, which it returns."""
+    model = InternVideo3(preset(config.preset), Execution(remat=config.remat))
+    processor = Processor.from_dir(TINY_FILES, model.config)
+
+    def batch_at(step: int) -> Batch:
+        rng = np.random.default_rng([config.seed, step])
+        stream = samples(rng, processor, config.digits, step / config.steps)
+        rows = pack_rows(stream, config.rows, config.length, config.chunks)
+        return collate(rows, model.config, length=config.length, chunks=config.chunks, chunk_patches=4)
+
+    params = train(model, config, batch_at, "training on handwritten numbers in video")
+    return save(LoadedModel(model, params, TINY_FILES, make_mesh()), Path(out) / "model")
+
+
+def samples(
+    rng: np.random.Generator, processor: Processor, config: DigitsConfig, progress: float
+) -> Iterator[Sample]:
+    """An endless stream of training samples, as the mixture stands at this share of the run."""
+    while True:
+        if progress < config.reading_only or rng.random() < config.reading:
+            yield processor(_reading(rng))
+        else:
+            yield processor(_finding(rng, config))
+
+
+def _reading(rng: np.random.Generator) -> list[dict]:
+    """A short video that shows one number throughout."""
+    duration = float(rng.choice([1.5, 2.0, 3.0]))
+    events = (Event(int(rng.integers(10, 100)), 0.0, duration),)
+    video = make_video(rng, "train", duration=duration, events=events)
+    return conversation(video, [ask_about(rng, video, "read")], answered=True)
+
+
+def _finding(rng: np.random.Generator, config: DigitsConfig) -> list[dict]:
+    """A longer video with some numbers, and questions about which is when."""
+    duration = float(rng.uniform(*config.seconds))
+    events = make_events(rng, int(rng.integers(1, config.events + 1)), duration)
+    video = make_video(rng, "train", duration=duration, events=events)
+    questions = []
+    for _ in range(int(rng.integers(1, config.questions + 1))):
+        task: Task = "read" if len(events) == 1 and rng.random() < 0.5 else "at"
+        if rng.random() < config.when:
+            task = "when"
+        questions.append(ask_about(rng, video, task))
+    return conversation(video, questions, answered=True)

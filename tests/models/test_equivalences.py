@@ -1,0 +1,251 @@
+"""Different ways to compute the same function agree, for both attentions: fp32, tolerance 1e-4.
+
+Values are of order 1 to 10; about 1e-6 is seen. The whole forward pass that all are compared with is itself
+compared with transformers and with float64 (test_transformers.py, test_m2la.py).
+"""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models.peers import (
+    ATTENTIONS,
+    IMAGE,
+    VIDEO,
+    conversation,
+    difference,
+    encode,
+    forward,
+    random_model,
+    tiny_config,
+    tree_difference,
+)
+
+from iv3jax import ops
+from iv3jax.data.collate import collate
+from iv3jax.models import attention as attention_module
+from iv3jax.models.batch import Batch
+from iv3jax.models.cache import init_cache
+from iv3jax.models.internvideo3 import InternVideo3
+from iv3jax.models.layers import Execution
+
+TOLERANCE = 1e-4
+PROMPT = [2, ("video", 2, 4, 6), 3, ("image", 1, 4, 4), 6]
+
+
+@cache
+def shared_model(attention: str):
+    return random_model(tiny_config(attention))
+
+
+@pytest.fixture(params=ATTENTIONS)
+def tiny(request):
+    """A model and its parameters."""
+    return shared_model(request.param)
+
+
+def columns(batch: Batch, start: int, stop: int) -> Batch:
+    """Some of the tokens of a batch, without its pixels."""
+    return Batch(
+        batch.input_ids[:, start:stop],
+        batch.positions[:, :, start:stop],
+        batch.segment_ids[:, start:stop],
+        visual_index=batch.visual_index[:, start:stop],
+    )
+
+
+def in_chunks(model, params, batch: Batch, bounds: list[int], capacity: int):
+    """Hidden states and the cache of a batch fed piece by piece through a cache."""
+    visual = encode(model, params, batch)
+    cache_ = init_cache(model.config.text_config, len(batch.input_ids), capacity, jnp.float32)
+    step = jax.jit(lambda part, cache_: model.apply({"params": params}, part, visual, cache_))
+    hidden = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        out = step(columns(batch, start, stop), cache_)
+        cache_ = out.cache
+        hidden.append(out.hidden)
+    return jnp.concatenate(hidden, axis=1), cache_
+
+
+@pytest.mark.parametrize("absorbed", [0, 1000], ids=["expanded", "absorbed"])
+@pytest.mark.parametrize("chunks", ["whole", "decode", "odd"])
+def test_over_a_cache(tiny, chunks, absorbed, monkeypatch):
+    """Prefill + one-token decode, odd chunks, and everything at once, expanded and absorbed: one forward."""
+    model, params = tiny
+    if model.config.text_config.kv_lora_rank is None and absorbed == 0:
+        pytest.skip("GQA has one form only")
+    monkeypatch.setattr(attention_module, "ABSORBED_QUERIES", absorbed)
+    sample = conversation(model.config, PROMPT)
+    tokens = len(sample)
+    batch = collate([[sample]], model.config, length=tokens)
+    bounds = {
+        "whole": [0, tokens],
+        "decode": [0, tokens - 4, *range(tokens - 3, tokens + 1)],
+        "odd": [*range(0, tokens, 7), tokens],
+    }[chunks]
+    hidden, cache_ = in_chunks(model, params, batch, bounds, capacity=tokens + 5)
+    assert difference(hidden, forward(model, params, batch)["hidden"]) <= TOLERANCE
+    assert cache_.length.tolist() == [tokens] and not cache_.overflow.any()
+
+
+def test_absorbed_and_expanded_run_different_code(monkeypatch):
+    """The threshold of the test above does switch: each side calls the operation it is named after."""
+    model, params = shared_model("m2la")
+    batch = collate([[conversation(model.config, PROMPT)]], model.config, length=40)
+    for absorbed, expected in ((0, ["latent_attention"]), (1000, ["latent_decode"])):
+        called = []
+        for name in ("latent_attention", "latent_decode"):
+            original = getattr(ops, name)
+            monkeypatch.setattr(ops, name, lambda *a, f=original, n=name: called.append(n) or f(*a))
+        monkeypatch.setattr(attention_module, "ABSORBED_QUERIES", absorbed)
+        in_chunks(model, params, batch, [0, 40], capacity=48)
+        assert sorted(set(called)) == expected
+        monkeypatch.undo()
+
+
+def samples(config):
+    """Three conversations of different length, two with vision and one of text."""
+    return [
+        conversation(config, [2, ("video", 3, 4, 4), 4], 1),
+        conversation(config, [11], 2),
+        conversation(config, [1, ("image", 1, 6, 4), 2, ("video", 1, 4, 6), 3], 3),
+    ]
+
+
+def test_packed_is_separate_and_padded_is_single(tiny):
+    model, params = tiny
+    parts = samples(model.config)
+    total = sum(map(len, parts))
+    packed = forward(model, params, collate([parts], model.config, length=total + 7))
+    padded = forward(model, params, collate([[s] for s in parts], model.config, length=total))
+    start = 0
+    for row, sample in enumerate(parts):
+        single = forward(model, params, collate([[sample]], model.config, length=len(sample)))
+        for name in ("hidden", "logits"):
+            alone = single[name][0]
+            stop = start + len(sample)
+            assert difference(packed[name][0, start:stop], alone) <= TOLERANCE, f"packed, {name}"
+            assert difference(padded[name][row, : len(sample)], alone) <= TOLERANCE, f"padded, {name}"
+        start += len(sample)
+
+
+def test_a_pack_does_not_look_across(tiny):
+    """Other tokens and pixels in the first sample change nothing in the second."""
+    model, params = tiny
+    first, other, second = (conversation(model.config, [2, ("image", 1, 4, 4), 3], s) for s in (1, 2, 3))
+    batches = [collate([[s, second]], model.config, length=2 * len(second)) for s in (first, other)]
+    a, b = (forward(model, params, batch)["hidden"][0] for batch in batches)
+    assert difference(a[: len(first)], b[: len(first)]) > 0.1
+    assert difference(a[len(first) :], b[len(first) :]) == 0
+
+
+def gradients(model, params, batch):
+    """The loss Σ cos(logits) and its gradients: every logit counts, none cancels."""
+
+    def loss(params):
+        out = model.apply({"params": params}, batch)
+        logits = model.apply({"params": params}, out.hidden, method="logits")
+        return jnp.mean(jnp.cos(logits) * (batch.segment_ids != 0)[..., None])
+
+    return jax.jit(jax.value_and_grad(loss)).trace(params)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(("attention", "policy"), [("m2la", "full"), ("gqa", "dots")])
+def test_remat_changes_no_gradient(attention, policy):
+    model, params = shared_model(attention)
+    batch = collate([samples(model.config)[:2]], model.config, length=64)
+    plain = gradients(model, params, batch)
+    remat = gradients(InternVideo3(model.config, Execution(remat=policy)), params, batch)
+    # Once for the scan of the tower's blocks, once for the decoder's layers.
+    assert str(plain.jaxpr).count("remat") == 0 and str(remat.jaxpr).count("remat") >= 2
+    value, expected = plain.lower().compile()(params)
+    same, got = remat.lower().compile()(params)
+    assert difference(same, value) <= 1e-6
+    relative = jax.tree.map(lambda g, e: (g - e) / jnp.max(jnp.abs(e)), got, expected)
+    assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(relative)) <= TOLERANCE
+
+
+def attention_case(name: str):
+    """One of the operations, its mask for two packed samples and padding, and random arguments."""
+    rng = np.random.default_rng(0)
+    tokens = 37
+    segments = jnp.asarray(np.repeat([[1, 2, 0], [1, 2, 0]], [20, 14, 3], axis=1).astype(np.int32))
+    order = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), segments.shape)
+    shapes = {
+        "attention": [(6, 5), (3, 5), (3, 5)],
+        "tower": [(4, 6), (4, 6), (4, 6)],
+        "latent_attention": [(3, 5), (3, 4), (3, 5), (4,), (3, 7)],
+    }[name]
+    mask = ops.AttentionMask(segments, segments, None if name == "tower" else order)
+    operation = ops.latent_attention if name == "latent_attention" else ops.attention
+    arguments = [jnp.asarray(rng.standard_normal((2, tokens, *s), np.float32)) for s in shapes]
+    return lambda *a: operation(*a, mask), arguments
+
+
+@pytest.mark.parametrize("block", [1, 16, 36])
+@pytest.mark.parametrize("name", ["attention", "tower", "latent_attention"])
+def test_blocks_of_queries(name, block, monkeypatch):
+    """Values and gradients of every argument, with blocks that do not divide the 37 queries."""
+    operation, arguments = attention_case(name)
+
+    def run():
+        def loss(*arguments):
+            out = operation(*arguments)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(loss, argnums=range(len(arguments)), has_aux=True)).trace(*arguments)
+
+    plain = run()
+    monkeypatch.setattr(ops, "QUERY_BLOCK", block)
+    blocked = run()
+    assert "scan" not in str(plain.jaxpr) and f"length={-(-37 // block)}" in str(blocked.jaxpr)
+    expected, got = (r.lower().compile()(*arguments) for r in (plain, blocked))
+    assert tree_difference(got, expected) <= TOLERANCE
+
+
+def test_model_in_blocks_of_queries(tiny, monkeypatch):
+    model, params = tiny
+    batch = collate([samples(model.config)], model.config, length=75)
+    expected = forward(model, params, batch)
+    monkeypatch.setattr(ops, "QUERY_BLOCK", 16)
+    # Another tower step size is another program for jit, which would not look at QUERY_BLOCK again.
+    model = InternVideo3(model.config, Execution(patches_per_step=10_000))
+    assert tree_difference(forward(model, params, batch), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("per_step", [1, 24, 50])
+def test_tower_in_steps(per_step):
+    """patches_per_step below one chunk, one chunk, and two of seven chunks, which leaves one over."""
+    model, params = shared_model("m2la")
+    rows = [[conversation(model.config, [1, ("video", n, 4, 6)], n)] for n in (7, 3)]
+    batch = collate(rows, model.config, length=100)
+    stepped = InternVideo3(model.config, Execution(patches_per_step=per_step))
+    assert tree_difference(encode(stepped, params, batch), encode(model, params, batch)) <= TOLERANCE
+
+
+def test_several_temporal_patches_in_a_chunk():
+    """Where in the chunks a temporal patch lies changes nothing, padding beside it neither."""
+    model, params = shared_model("m2la")
+    pack = [samples(model.config)]
+    results = []
+    for width in (None, 28, 48, 120):
+        batch = collate(pack, model.config, length=75, chunk_patches=width)
+        computed = forward(model, params, batch)
+        visual = np.isin(batch.input_ids[0], [IMAGE, VIDEO])
+        index = batch.visual_index[0][visual]
+        results.append([computed["tokens"][0, index], computed["deepstack"][:, 0, index], computed["hidden"]])
+    for other in results[1:]:
+        assert tree_difference(other, results[0]) <= TOLERANCE
+
+
+def test_uint8_pixels_are_normalised():
+    """uint8 x means x / 127.5 − 1 (mean = std = 0.5)."""
+    model, params = shared_model("m2la")
+    batch = collate([[conversation(model.config, [1, ("image", 1, 4, 4)])]], model.config, length=12)
+    pixels = np.random.default_rng(0).integers(0, 256, batch.patches.shape, dtype=np.uint8)
+    floats = ((pixels / 255.0 - 0.5) / 0.5).astype(np.float32)
+    raw, done = (encode(model, params, batch._replace(patches=p)) for p in (pixels, floats))
+    assert tree_difference(raw, done) <= TOLERANCE
