@@ -15,8 +15,8 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.preset = "tiny"
     config.steps = 1600
     config.rows = 8
-    config.length = 192
-    config.chunks = 16
+    config.length = 208
+    config.chunks = 20
     config.optimizer = dict(learning_rate=0.01, adam_learning_rate=0.003)
     if variant == "smoke":
         config.steps = 4

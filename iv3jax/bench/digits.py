@@ -32,7 +32,7 @@ from iv3jax.data.digits import (
 from iv3jax.data.sample import Sample
 from iv3jax.generate.generate import generate
 
-SECONDS = (6.0, 12.0)
+SECONDS = (10.0, 16.0)
 """Shortest and longest video, as in training."""
 
 BATCH = 100

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from iv3jax.checkpoint.files import TensorFiles, check, open_tensors
 from iv3jax.checkpoint.names import Tensor, insert, lookup, tensors
 from iv3jax.data.processor import Processor
+from iv3jax.data.tokenizer import TINY_FOLDER
 from iv3jax.errors import UserError
 from iv3jax.models.config import ModelConfig
 from iv3jax.models.internvideo3 import InternVideo3, boxed_params, init_params
@@ -19,9 +20,6 @@ from iv3jax.models.layers import Execution
 from iv3jax.models.presets import PRESETS, preset
 from iv3jax.sharding import make_mesh, param_shardings
 from iv3jax.typing import DType, Params
-
-TINY_FILES = Path(__file__).parent.parent / "data" / "tiny_tokenizer"
-"""Tokenizer and processor files of the `tiny` preset."""
 
 Bounds = tuple[tuple[int, int], ...]
 """A device's part of an array: (start, stop) of each axis."""
@@ -98,7 +96,7 @@ def load(
         dtype = jnp.float32 if dtype is None else dtype
         model = InternVideo3(preset(str(source)), replace(run, dtype=dtype, param_dtype=dtype))
         params = init_params(model, jax.random.key(0), param_shardings(boxed_params(model), mesh))
-        return LoadedModel(model, params, TINY_FILES if str(source) == "tiny" else None, mesh)
+        return LoadedModel(model, params, TINY_FOLDER if str(source) == "tiny" else None, mesh)
     if random_weights:
         raise UserError(f"{source}: has weights of its own; random weights are for presets")
     config = ModelConfig.from_file(folder)

@@ -32,6 +32,11 @@ CLIPS: dict[Split, tuple[str, ...]] = {
 SIDE = 32
 """Height and width of a frame as the tiny model sees it: one vision token per temporal patch."""
 
+EVENT_SECONDS = (4.0, 7.0)
+"""A number is shown for a time between these."""
+EVENT_GAP = 0.5
+"""At least this much of a video before, between and after the numbers."""
+
 _FPS = 2.0
 
 
@@ -130,21 +135,25 @@ def draw(frame: np.ndarray, number: np.ndarray) -> np.ndarray:
     return out.astype(np.uint8)
 
 
+def most_events(duration: float) -> int:
+    """How many events fit in a video of this length."""
+    return int((duration - EVENT_GAP) / (EVENT_SECONDS[0] + EVENT_GAP))
+
+
 def make_events(rng: np.random.Generator, count: int, duration: float) -> tuple[Event, ...]:
-    """Events with different numbers, each at least 2 seconds, with gaps of at least 0.5 between them."""
-    least, gap = 2.0, 0.5
-    spare = duration - count * least - (count + 1) * gap
+    """Events with different numbers and lengths in EVENT_SECONDS, at least EVENT_GAP around each."""
+    shortest, longest = EVENT_SECONDS
+    spare = duration - count * shortest - (count + 1) * EVENT_GAP
     if spare < 0:
         raise ValueError(f"{count} events do not fit in {duration} seconds")
-    parts = rng.dirichlet(np.ones(2 * count + 1)) * spare
+    lengths = shortest + rng.uniform(0, min(longest - shortest, spare / count), count)
+    gaps = EVENT_GAP + rng.dirichlet(np.ones(count + 1)) * (spare - (lengths - shortest).sum())
     numbers = rng.choice(np.arange(10, 100), count, replace=False)
-    events = []
-    at = 0.0
-    for i, number in enumerate(numbers):
-        start = at + gap + parts[2 * i]
-        at = start + least + parts[2 * i + 1]
-        events.append(Event(int(number), round(start, 2), round(at, 2)))
-    return tuple(events)
+    starts = np.cumsum(gaps[:-1]) + np.cumsum(lengths) - lengths
+    return tuple(
+        Event(int(number), round(float(start), 2), round(float(start + length), 2))
+        for number, start, length in zip(numbers, starts, lengths, strict=True)
+    )
 
 
 def make_video(

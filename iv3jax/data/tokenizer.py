@@ -26,8 +26,8 @@ VISION_TOKENS = {
 }
 """The special tokens of pictures and videos, with the config.json key that repeats each id."""
 
-TINY_FOLDER = Path(__file__).parent / "tiny_tokenizer"
-"""The 512-entry tokenizer of the `tiny` preset, package data made by `tiny_tokenizer/build.py`."""
+TINY_FOLDER = Path(__file__).parent / "tiny"
+"""The 512-entry tokenizer of the `tiny` preset, package data made by `tiny/build.py`."""
 
 # Timestamps and chat headers come back in every sample; long texts do not and would only fill memory.
 _CACHED_CHARACTERS = 64

@@ -23,6 +23,7 @@ class DigitsConfig:
         reading: share of such videos in the mixture after that; without them reading is lost again.
         events: at most this many numbers in a long video.
         seconds: shortest and longest duration of a long video.
+        growth: share of the steps over which the longest duration grows from the shortest to its full length.
         when: share of the questions about a long video that ask when a number is shown.
         questions: at most this many questions about one long video, as turns of one conversation.
     """
@@ -30,9 +31,10 @@ class DigitsConfig:
     reading_only: float = 0.12
     reading: float = 0.2
     events: int = 2
-    seconds: tuple[float, float] = (6.0, 12.0)
+    seconds: tuple[float, float] = (5.0, 16.0)
+    growth: float = 0.6
     when: float = 0.6
-    questions: int = 3
+    questions: int = 2
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from iv3jax.checkpoint.load import TINY_FILES, LoadedModel
+from iv3jax.checkpoint.load import LoadedModel
 from iv3jax.checkpoint.save import save
 from iv3jax.data.collate import collate
-from iv3jax.data.digits import Event, Task, ask_about, conversation, make_events, make_video
+from iv3jax.data.digits import Event, Task, ask_about, conversation, make_events, make_video, most_events
 from iv3jax.data.packing import pack_rows
 from iv3jax.data.processor import Processor
 from iv3jax.data.sample import Sample
+from iv3jax.data.tokenizer import TINY_FOLDER
 from iv3jax.models.batch import Batch
 from iv3jax.models.internvideo3 import InternVideo3
 from iv3jax.models.layers import Execution
@@ -24,7 +25,7 @@ from iv3jax.train.loop import train
 def train_digits(config: TrainConfig, out: str | Path) -> Path:
     """Trains a model on the digit task and writes it to OUT/model, which it returns."""
     model = InternVideo3(preset(config.preset), Execution(remat=config.remat))
-    processor = Processor.from_dir(TINY_FILES, model.config)
+    processor = Processor.from_dir(TINY_FOLDER, model.config)
 
     def batch_at(step: int) -> Batch:
         rng = np.random.default_rng([config.seed, step])
@@ -33,7 +34,7 @@ def train_digits(config: TrainConfig, out: str | Path) -> Path:
         return collate(rows, model.config, length=config.length, chunks=config.chunks, chunk_patches=4)
 
     params = train(model, config, batch_at, "training on handwritten numbers in video")
-    return save(LoadedModel(model, params, TINY_FILES, make_mesh()), Path(out) / "model")
+    return save(LoadedModel(model, params, TINY_FOLDER, make_mesh()), Path(out) / "model")
 
 
 def samples(
@@ -44,7 +45,7 @@ def samples(
         if progress < config.reading_only or rng.random() < config.reading:
             yield processor(_reading(rng))
         else:
-            yield processor(_finding(rng, config))
+            yield processor(_finding(rng, config, progress))
 
 
 def _reading(rng: np.random.Generator) -> list[dict]:
@@ -55,10 +56,13 @@ def _reading(rng: np.random.Generator) -> list[dict]:
     return conversation(video, [ask_about(rng, video, "read")], answered=True)
 
 
-def _finding(rng: np.random.Generator, config: DigitsConfig) -> list[dict]:
+def _finding(rng: np.random.Generator, config: DigitsConfig, progress: float) -> list[dict]:
     """A longer video with some numbers, and questions about which is when."""
-    duration = float(rng.uniform(*config.seconds))
-    events = make_events(rng, int(rng.integers(1, config.events + 1)), duration)
+    shortest, longest = config.seconds
+    longest = shortest + (longest - shortest) * min(progress / config.growth, 1.0)
+    duration = float(rng.uniform(shortest, longest))
+    count = int(rng.integers(1, min(config.events, most_events(duration)) + 1))
+    events = make_events(rng, count, duration)
     video = make_video(rng, "train", duration=duration, events=events)
     questions = []
     for _ in range(int(rng.integers(1, config.questions + 1))):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iv3jax.data.tiny_tokenizer import build
+from iv3jax.data.tiny import build
 from iv3jax.data.tokenizer import TINY_FOLDER, StreamDecoder, Tokenizer
 from iv3jax.errors import UserError
 from iv3jax.models.presets import preset

@@ -1,6 +1,6 @@
 """Makes `tokenizer.json` of the `tiny` preset: 512 byte-level BPE entries, special tokens named as Qwen's.
 
-`python -m iv3jax.data.tiny_tokenizer.build` writes it anew beside this file; the result is always the same.
+`python -m iv3jax.data.tiny.build` writes it anew beside this file; the result is always the same.
 """
 
 import json
