@@ -88,10 +88,13 @@ def _parser() -> argparse.ArgumentParser:
 def _ask(args: argparse.Namespace) -> int:
     from iv3jax.generate.ask import ask
     from iv3jax.generate.sampling import Sampling
+    from iv3jax.models.presets import PRESETS
 
     if not args.question.strip():
         raise UserError("the question is empty")
     sampling = Sampling(args.temperature, args.top_p, args.top_k)
+    if args.random_weights and args.model in PRESETS and args.model != "tiny":
+        raise UserError(f"{args.model}: this preset has no tokenizer, so it cannot be asked; tiny can")
     model = _load(args.model, args.random_weights)
     answer = ask(
         model,

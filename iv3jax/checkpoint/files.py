@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -16,47 +16,56 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-class TensorFiles:
-    """Open safetensors files of one folder, read tensor by tensor."""
+class _Header(NamedTuple):
+    """Where a tensor lies and what it is."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorFiles:
+    """The safetensors files of one folder, read tensor by tensor."""
+
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._where = {}
+        self._headers: dict[str, _Header] = {}
         for path, names in _layout(folder).items():
-            try:
-                handle = stack.enter_context(safe_open(path, framework="numpy"))
-            except FileNotFoundError:
-                raise UserError(f"{path}: no such file, though {INDEX} names it") from None
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: not a whole safetensors file ({error})") from None
-            held = set(handle.keys())
-            if names is not None and (lost := sorted(set(names) - held)):
-                raise UserError(f"{path}: does not hold {collapse(lost)}, though {INDEX} says so")
-            self._where.update(dict.fromkeys(names if names is not None else held, handle))
+            with _open(path) as file:
+                held = file.keys()
+                if names is not None and (lost := sorted(set(names) - set(held))):
+                    raise UserError(f"{path}: does not hold {collapse(lost)}, though {INDEX} says so")
+                for name in held if names is None else names:
+                    part = file.get_slice(name)
+                    self._headers[name] = _Header(path, tuple(part.get_shape()), part.get_dtype())
 
     @property
     def names(self) -> list[str]:
         """All tensors of the folder."""
-        return list(self._where)
+        return list(self._headers)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the header."""
-        return tuple(self._where[name].get_slice(name).get_shape())
+        return self._headers[name].shape
 
     def dtype(self, name: str) -> str:
         """A tensor's dtype in safetensors' words (F32, BF16, …), from the header."""
-        return self._where[name].get_slice(name).get_dtype()
+        return self._headers[name].dtype
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in host memory."""
-        return self._where[name].get_tensor(name)
+        # Opened anew each time: a mapping that stays open keeps all that was ever read through it.
+        with _open(self._headers[name].path) as file:
+            return file.get_tensor(name)
 
 
-@contextmanager
-def open_tensors(folder: Path) -> Iterator[TensorFiles]:
-    """The tensors of a model folder; closed again on leaving."""
-    with ExitStack() as stack:
-        yield TensorFiles(folder, stack)
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="numpy")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, though {INDEX} names it") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def _layout(folder: Path) -> dict[Path, list[str] | None]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from iv3jax.checkpoint.files import TensorFiles, check, open_tensors
+from iv3jax.checkpoint.files import TensorFiles, check
 from iv3jax.checkpoint.names import Tensor, insert, lookup, tensors
 from iv3jax.data.processor import Processor
 from iv3jax.data.tokenizer import TINY_FOLDER
@@ -101,20 +101,20 @@ def load(
         raise UserError(f"{source}: has weights of its own; random weights are for presets")
     config = ModelConfig.from_file(folder)
     expected = tensors(config)
-    with open_tensors(folder) as files:
-        ignored = [r".*\.rotary_emb\.inv_freq"]
-        if config.text_config.tie_word_embeddings:
-            ignored.append(r"lm_head\.weight")
-        check(files, expected, ignored)
+    files = TensorFiles(folder)
+    ignored = [r".*\.rotary_emb\.inv_freq"]
+    if config.text_config.tie_word_embeddings:
+        ignored.append(r"lm_head\.weight")
+    check(files, expected, ignored)
+    if dtype is None:
+        dtype = _DTYPES.get(files.dtype(expected[0].name))
         if dtype is None:
-            dtype = _DTYPES.get(files.dtype(expected[0].name))
-            if dtype is None:
-                raise UserError(
-                    f"{folder}: {expected[0].name} has dtype {files.dtype(expected[0].name)}; "
-                    f"supported are {', '.join(_DTYPES)}"
-                )
-        model = InternVideo3(config, replace(run, dtype=dtype, param_dtype=dtype))
-        return LoadedModel(model, _stream(files, expected, model, mesh), folder, mesh)
+            raise UserError(
+                f"{folder}: {expected[0].name} has dtype {files.dtype(expected[0].name)}; "
+                f"supported are {', '.join(_DTYPES)}"
+            )
+    model = InternVideo3(config, replace(run, dtype=dtype, param_dtype=dtype))
+    return LoadedModel(model, _stream(files, expected, model, mesh), folder, mesh)
 
 
 def _stream(files: TensorFiles, expected: list[Tensor], model: InternVideo3, mesh: Mesh) -> Params:

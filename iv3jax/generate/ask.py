@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+
 from iv3jax.checkpoint.load import LoadedModel
 from iv3jax.data.collate import collate, round_up_bucket
 from iv3jax.data.image import is_picture
@@ -90,17 +92,18 @@ def ask(
         if on_text is not None and (text := decoder.push(tokens[0])):
             on_text(text)
 
-    result = generate(
-        model.model,
-        model.params,
-        batch,
-        max_new_tokens=max_new_tokens,
-        stop_ids=processor.tokenizer.stop_ids,
-        sampling=sampling,
-        capacity=round_up_bucket(len(sample) + max_new_tokens, 256),
-        seed=seed,
-        on_tokens=stream,
-    )
+    with jax.set_mesh(model.mesh):
+        result = generate(
+            model.model,
+            model.params,
+            batch,
+            max_new_tokens=max_new_tokens,
+            stop_ids=processor.tokenizer.stop_ids,
+            sampling=sampling,
+            capacity=round_up_bucket(len(sample) + max_new_tokens, 256),
+            seed=seed,
+            on_tokens=stream,
+        )
     if on_text is not None and (text := decoder.flush()):
         on_text(text)
     return Answer(

@@ -127,7 +127,7 @@ class ModelConfig:
             )
             vision = _read(VisionConfig, data["vision_config"], f"{source}: vision_config")
             used = {"model_type", "text_config", "vision_config", "tie_word_embeddings", *_TOKEN_IDS}
-            ids = {k: data[k] for k in _TOKEN_IDS if k in data}
+            ids = {k: _typed(_FIELDS[k], data[k], source) for k in _TOKEN_IDS if data.get(k) is not None}
             extra = {k: v for k, v in data.items() if k not in used}
             config = ModelConfig(
                 model_type, _read_text(text, model_type, f"{source}: text_config"), vision, **ids, extra=extra
@@ -172,6 +172,7 @@ class ModelConfig:
 
 
 _TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_FIELDS = {item.name: item for item in dataclasses.fields(ModelConfig)}
 _M2LA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 # Derived from the model type, so never a key of the file.
 _DERIVED = ("use_qk_norm", "attention_output_bias", "mrope_section", "extra")
@@ -222,8 +223,7 @@ def _read_text(data: Mapping[str, Any], model_type: str, source: str) -> TextCon
     """The decoder's fields, with what each model type leaves unsaid filled in."""
     data = dict(data)
     _refuse(data, source)
-    # transformers 5 moved theta and the sections into rope_parameters; older files have rope_scaling.
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    rope = _rope(data, source)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise UserError(f"{source}: rope type {kind!r} is not supported; only plain RoPE and M-RoPE are")
@@ -232,10 +232,10 @@ def _read_text(data: Mapping[str, Any], model_type: str, source: str) -> TextCon
         values["rope_theta"] = rope["rope_theta"]
     if values.get("rope_theta") is None:
         values["rope_theta"] = 10000.0 if model_type in ("llama", "qwen2", "qwen3") else 5e6
-    heads = data.get("num_attention_heads")
+    width, heads = data.get("hidden_size"), data.get("num_attention_heads")
     values.setdefault("num_key_value_heads", heads)
-    if values.get("head_dim") is None and isinstance(heads, int) and heads > 0:
-        values["head_dim"] = data.get("hidden_size", 0) // heads
+    if values.get("head_dim") is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        values["head_dim"] = width // heads
     if model_type == "internvideo3":
         for key in _M2LA_FIELDS:
             if not data.get(key):
@@ -248,12 +248,14 @@ def _read_text(data: Mapping[str, Any], model_type: str, source: str) -> TextCon
     config: TextConfig = _read(TextConfig, values, source)
     section = None
     if model_type in ("internvideo3", "qwen3_vl"):
-        section = tuple(rope.get("mrope_section", (24, 20, 20)))
-        if len(section) != 3 or sum(section) != config.rope_dim // 2:
+        section = rope.get("mrope_section", (24, 20, 20))
+        integers = isinstance(section, list | tuple) and all(isinstance(v, int) for v in section)
+        if not integers or len(section) != 3 or sum(section) != config.rope_dim // 2:
             raise UserError(
-                f"{source}: mrope_section {list(section)} must be three numbers that sum to half the "
+                f"{source}: mrope_section {section!r} must be three numbers that sum to half the "
                 f"rotary dim, {config.rope_dim // 2}"
             )
+        section = tuple(section)
     return dataclasses.replace(
         config,
         mrope_section=section,
@@ -261,6 +263,16 @@ def _read_text(data: Mapping[str, Any], model_type: str, source: str) -> TextCon
         attention_output_bias=config.attention_bias and model_type in ("llama", "qwen3", "qwen3_vl"),
         extra={k: v for k, v in data.items() if k in config.extra},
     )
+
+
+def _rope(data: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """RoPE's settings: `rope_parameters`, theta included, since transformers 5, `rope_scaling` before."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if value := data.get(key):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{source}.{key} is {value!r}, which is no object")
+            return value
+    return {}
 
 
 def _refuse(data: Mapping[str, Any], source: str) -> None:
@@ -277,7 +289,7 @@ def _refuse(data: Mapping[str, Any], source: str) -> None:
     for key, values in supported.items():
         if data.get(key) not in values:
             raise UserError(f"{source}.{key} = {data[key]!r} is not supported (only {values[-1]!r})")
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    rope = _rope(data, source)
     if rope.get("mrope_section") and not rope.get("mrope_interleaved", False):
         raise UserError(f"{source}: mrope_interleaved must be true; sections in blocks are not supported")
 

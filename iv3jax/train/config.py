@@ -69,9 +69,13 @@ def experiment(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     module, _, variant = name.partition(":")
     try:
-        config = importlib.import_module(f"configs.{module}").get_config(variant or None).to_dict()
+        get_config = importlib.import_module(f"configs.{module}").get_config
     except ModuleNotFoundError:
         raise UserError(f"{name}: there is no experiment configs/{module}.py") from None
+    try:
+        config = get_config(variant or None).to_dict()
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign:

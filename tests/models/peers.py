@@ -3,6 +3,7 @@
 Nothing here asserts. torch and transformers are imported only by the functions that need them.
 """
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ IMAGE, VIDEO, START, END, TEXT = 90, 91, 92, 93, 90
 
 
 def tiny_config(attention: str = "m2la", **text: Any) -> ModelConfig:
-    """A vision model as small as it gets, with odd sizes: three layers, n ≠ e ≠ v, DeepStack of two levels."""
+    """A vision model as small as it gets, with odd sizes: three layers, n ≠ e ≠ v, two DeepStack levels."""
     shape: dict[str, Any] = dict(
         vocab_size=97,
         hidden_size=20,
@@ -103,8 +104,6 @@ def random_model(config: ModelConfig, seed: int = 0, **run: Any) -> tuple[Intern
 
 def write_folder(folder: Path, config: ModelConfig, values: dict[str, np.ndarray]) -> Path:
     """A model folder of config.json and one safetensors file."""
-    import json
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     save_file({k: np.ascontiguousarray(v) for k, v in values.items()}, folder / SINGLE)
@@ -228,7 +227,7 @@ def torch_inputs(config: ModelConfig, sample: Sample) -> dict[str, Any]:
 
 
 def torch_forward(torch_model: Any, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
-    """`layers` (L, T, D), taken where the next layer or the final norm takes them, and `logits` (T, vocab)."""
+    """`layers` (L, T, D), taken where the next layer or the final norm takes them; `logits` (T, vocab)."""
     import torch
 
     decoder = getattr(torch_model.model, "language_model", torch_model.model)

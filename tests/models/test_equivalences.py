@@ -4,7 +4,8 @@ Values are of order 1 to 10; about 1e-6 is seen. The whole forward pass that all
 compared with transformers and with float64 (test_transformers.py, test_m2la.py).
 """
 
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -62,20 +63,22 @@ def in_chunks(model, params, batch: Batch, bounds: list[int], capacity: int):
     cache_ = init_cache(model.config.text_config, len(batch.input_ids), capacity, jnp.float32)
     step = jax.jit(lambda part, cache_: model.apply({"params": params}, part, visual, cache_))
     hidden = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         out = step(columns(batch, start, stop), cache_)
         cache_ = out.cache
         hidden.append(out.hidden)
     return jnp.concatenate(hidden, axis=1), cache_
 
 
-@pytest.mark.parametrize("absorbed", [0, 1000], ids=["expanded", "absorbed"])
+@pytest.mark.parametrize(
+    ("attention", "absorbed"),
+    [("m2la", 0), ("m2la", 1000), ("gqa", 0)],
+    ids=["m2la-expanded", "m2la-absorbed", "gqa"],
+)
 @pytest.mark.parametrize("chunks", ["whole", "decode", "odd"])
-def test_over_a_cache(tiny, chunks, absorbed, monkeypatch):
+def test_over_a_cache(attention, absorbed, chunks, monkeypatch):
     """Prefill + one-token decode, odd chunks, and everything at once, expanded and absorbed: one forward."""
-    model, params = tiny
-    if model.config.text_config.kv_lora_rank is None and absorbed == 0:
-        pytest.skip("GQA has one form only")
+    model, params = shared_model(attention)
     monkeypatch.setattr(attention_module, "ABSORBED_QUERIES", absorbed)
     sample = conversation(model.config, PROMPT)
     tokens = len(sample)
@@ -90,15 +93,19 @@ def test_over_a_cache(tiny, chunks, absorbed, monkeypatch):
     assert cache_.length.tolist() == [tokens] and not cache_.overflow.any()
 
 
+def spy(called: list[str], name: str, function, *arguments):
+    called.append(name)
+    return function(*arguments)
+
+
 def test_absorbed_and_expanded_run_different_code(monkeypatch):
     """The threshold of the test above does switch: each side calls the operation it is named after."""
     model, params = shared_model("m2la")
     batch = collate([[conversation(model.config, PROMPT)]], model.config, length=40)
     for absorbed, expected in ((0, ["latent_attention"]), (1000, ["latent_decode"])):
-        called = []
+        called: list[str] = []
         for name in ("latent_attention", "latent_decode"):
-            original = getattr(ops, name)
-            monkeypatch.setattr(ops, name, lambda *a, f=original, n=name: called.append(n) or f(*a))
+            monkeypatch.setattr(ops, name, partial(spy, called, name, getattr(ops, name)))
         monkeypatch.setattr(attention_module, "ABSORBED_QUERIES", absorbed)
         in_chunks(model, params, batch, [0, 40], capacity=48)
         assert sorted(set(called)) == expected

@@ -105,7 +105,9 @@ def test_decoder_against_float64(heads, r, n, e, v, section):
         batch.positions[:, 0, :tokens].astype(np.float64),
         batch.segment_ids[0, :tokens],
     )
-    assert (batch.positions[0] != batch.positions[1]).any() and (batch.positions[1] != batch.positions[2]).any()
+    assert (batch.positions[0] != batch.positions[1]).any() and (
+        batch.positions[1] != batch.positions[2]
+    ).any()
     assert difference(computed["layers"][:, 0, :tokens], layers) <= TOLERANCE
     assert difference(computed["logits"][0, :tokens], logits) <= TOLERANCE
 
