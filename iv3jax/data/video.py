@@ -7,31 +7,27 @@ is what the packets promised.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 from typing import cast
 
-import av
 import numpy as np
 import numpy.typing as npt
 from av.buffer import Buffer
-from av.container import InputContainer
 from av.error import FFmpegError
 from av.packet import Packet
-from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from iv3jax.data.image import is_picture, resize
+from iv3jax.data.container import REENCODE, check_file, demux, missing_bytes, open_video
+from iv3jax.data.image import resize
 from iv3jax.data.sampling import average_rate, sample_indices
 from iv3jax.data.sizes import video_size
 from iv3jax.errors import UserError
 
-_THREADS = 2
 # Draining and refilling the decoder costs about this many frames.
 _MIN_SKIP = 8
 # Demuxers that pass on the presentation times the file holds. Others (AVI, MPEG program streams, raw
@@ -40,7 +36,6 @@ _TIMED_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv"
 # A recording in these may begin between two keyframes; what comes before the first cannot be shown.
 _START_ANYWHERE = {"mpegts", "mpeg", "mpegvideo", "h264", "hevc"}
 _NONE = np.iinfo(np.int64).min
-_REENCODE = "re-encode it with `ffmpeg -i IN OUT.mp4`"
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +191,7 @@ class _Decoder:
 
     def everything(self) -> Iterator[VideoFrame]:
         """All frames of the file."""
-        for packet in chain(_demux(self.stream), (None,)):
+        for packet in chain(demux(self.stream), (None,)):
             yield from self.feed(packet)
 
     def drain(self) -> list[VideoFrame]:
@@ -208,15 +203,15 @@ class _Decoder:
 
 def _scan(path: Path) -> _Scan:
     """Finds the frames from the packets, or by decoding where those leave a doubt."""
-    _check_file(path)
-    missing = _missing_bytes(path)
+    check_file(path)
+    missing = missing_bytes(path)
     rows: list[tuple[int, int, int, bool, bool]] = []
     first: list[VideoFrame] = []
     hidden = cut = False
-    with _open(path, missing) as stream:
+    with open_video(path, missing) as stream:
         decoder = _Decoder(stream)
         try:
-            for packet in _demux(stream):
+            for packet in demux(stream):
                 pts, dts = (_NONE if t is None else t for t in (packet.pts, packet.dts))
                 rows.append((pts, dts, packet.duration or 0, packet.is_keyframe, not packet.is_discard))
                 cut = packet.is_corrupt
@@ -235,7 +230,7 @@ def _scan(path: Path) -> _Scan:
     if not packets.shown.any():
         raise UserError(f"{path}: the video holds no frames; record or export it again")
     if not first:
-        raise UserError(f"{path}: none of its {len(rows)} frames can be decoded; {_REENCODE}")
+        raise UserError(f"{path}: none of its {len(rows)} frames can be decoded; {REENCODE}")
     if hidden or not timed or not _is_complete(packets):
         return _scan_by_decoding(path)
     order = packets.order()
@@ -253,14 +248,25 @@ def _is_complete(packets: _Packets) -> bool:
     return bool(timed and one_piece and packets.keyframe[0] and pts[0] == pts.min())
 
 
+def _truncated(path: Path, packets: _Packets, tick: Fraction, whole: int, stated: int) -> UserError:
+    """The error for a file that was cut off after `whole` packets of a `stated` number of frames."""
+    pts = packets.pts[:whole]
+    seconds = float(np.ptp(pts[pts != _NONE]) * tick) if (pts != _NONE).any() else 0.0
+    of = f" of {stated}" if stated > whole else ""
+    return UserError(
+        f"{path}: truncated: only {whole}{of} frames, the first {seconds:.1f} seconds, are there; "
+        "fetch it again, or keep those with `ffmpeg -i IN OUT.mp4`"
+    )
+
+
 def _scan_by_decoding(path: Path) -> _Scan:
     """Finds the frames by decoding them all."""
-    with _open(path, 0) as stream:
+    with open_video(path, 0) as stream:
         decoder = _Decoder(stream)
         pts: list[int | None] = []
         listed: list[int | None] = []
         first, early = None, 0
-        for packet in chain(_demux(stream), (None,)):
+        for packet in chain(demux(stream), (None,)):
             if packet is not None and not packet.is_discard:
                 listed.append(packet.pts)
             for frame in decoder.feed(packet):
@@ -273,12 +279,12 @@ def _scan_by_decoding(path: Path) -> _Scan:
     lost = 0 if start is None else sum(p is not None and p < start for p in listed)
     if first is None or (decoder.failures > early if anywhere else decoder.failures or lost):
         some = f"only {len(pts)} of {len(listed)} frames can be decoded"
-        raise UserError(f"{path}: truncated or damaged: {some}; {_REENCODE}")
+        raise UserError(f"{path}: truncated or damaged: {some}; {REENCODE}")
     known = [p for p in pts if p is not None]
     if len(known) < len(pts) or (np.diff(known) <= 0).any():
         # No usable times: the rate is all there is.
         if not rates:
-            raise UserError(f"{path}: tells neither times nor a frame rate; {_REENCODE}")
+            raise UserError(f"{path}: tells neither times nor a frame rate; {REENCODE}")
         known, tick = list(range(len(pts))), 1 / rates[0]
     info = _info(path, first, np.array(known, np.int64), 0, tick, rates)
     return _Scan(info, _display_matrix(first), None)
@@ -322,7 +328,7 @@ def _read(scan: _Scan, indices: npt.NDArray[np.int64], size: tuple[int, int]) ->
         out[indices == number] = resize(Image.fromarray(_upright(rgb, scan.matrix)), *size)
         left.discard(number)
 
-    with _open(scan.info.path, 0) as stream:
+    with open_video(scan.info.path, 0) as stream:
         if scan.packets is None:
             for number, frame in enumerate(_Decoder(stream).everything()):
                 if number in left:
@@ -343,7 +349,7 @@ def _decode_listed(
     """Decodes the runs of packets that hold the wanted frames and stores them by their timestamp."""
     order = packets.order()
     numbers = {int(packets.pts[order[number]]): int(number) for number in wanted}
-    decoder, source = _Decoder(stream), enumerate(_demux(stream))
+    decoder, source = _Decoder(stream), enumerate(demux(stream))
     for first, last in _runs(packets, order[wanted]):
         start = packets.pts[first]
         seen: list[int] = []
@@ -405,96 +411,3 @@ def _upright(rgb: npt.NDArray[np.uint8], matrix: tuple[int, int, int, int]) -> n
     if abs(b) > abs(a):
         rgb, a, d = rgb.transpose(1, 0, 2), c, b
     return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
-
-
-def _check_file(path: Path) -> None:
-    """Refuses what is no file, or is a picture."""
-    try:
-        with path.open("rb") as file:
-            if not file.read(1):
-                raise UserError(f"{path}: the file is empty; fetch it again")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path of the video") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; give a video file inside it") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from None
-    if is_picture(path):
-        raise UserError(f"{path}: is a picture, not a video; pass it as an image")
-
-
-@contextmanager
-def _open(path: Path, missing: int) -> Iterator[VideoStream]:
-    """The video stream of a file, closed afterwards; `missing` bytes explain why it may not open."""
-    try:
-        # The prefix keeps a colon in a file name from being read as a protocol.
-        container = av.open(f"file:{path}", "r")
-    except FFmpegError:
-        with path.open("rb") as file:
-            unfinished = missing or _is_mp4(file.read(8))
-        if unfinished:
-            raise UserError(
-                f"{path}: truncated or never finished, its index is missing; fetch it again"
-            ) from None
-        raise UserError(f"{path}: not a video that FFmpeg can read; convert it to MP4") from None
-    with container:
-        video = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-        if container.format.name == "tty":
-            raise UserError(f"{path}: is a text file, not a video; give a video file")
-        if not video and missing:
-            raise UserError(f"{path}: truncated, {missing} bytes are missing; fetch it again")
-        if not video:
-            holds = "sound but no picture" if container.streams.audio else "neither picture nor sound"
-            raise UserError(f"{path}: holds {holds}; give a file with a video track")
-        stream = video[0]
-        if stream.codec_context is None:
-            raise UserError(f"{path}: its codec cannot be decoded here; {_REENCODE}")
-        stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = _THREADS
-        yield stream
-
-
-def _demux(stream: VideoStream) -> Iterator[Packet]:
-    """The packets of a stream without empty ones, which a decoder takes for the end."""
-    container = cast(InputContainer, stream.container)
-    return (packet for packet in container.demux(stream) if packet.size)
-
-
-def _truncated(path: Path, packets: _Packets, tick: Fraction, whole: int, stated: int) -> UserError:
-    """The error for a file that was cut off after `whole` packets of a `stated` number of frames."""
-    pts = packets.pts[:whole]
-    seconds = float(np.ptp(pts[pts != _NONE]) * tick) if (pts != _NONE).any() else 0.0
-    of = f" of {stated}" if stated > whole else ""
-    return UserError(
-        f"{path}: truncated: only {whole}{of} frames, the first {seconds:.1f} seconds, are there; "
-        "fetch it again, or keep those with `ffmpeg -i IN OUT.mp4`"
-    )
-
-
-def _missing_bytes(path: Path) -> int:
-    """How many bytes the container's own headers (AVI, Matroska, MP4) promise beyond the end."""
-    size, end = path.stat().st_size, 0
-    with path.open("rb") as file:
-        head = file.read(4096)
-        segment = head.find(b"\x18\x53\x80\x67") + 4
-        if head[:4] == b"RIFF" and head[4:8] != b"\xff\xff\xff\xff":
-            end = 8 + int.from_bytes(head[4:8], "little")
-        elif head[:4] == b"\x1a\x45\xdf\xa3" and segment > 4 and any(head[segment : segment + 1]):
-            # As many leading zero bits as bytes follow; all ones, in a live recording, mean unknown.
-            width = 9 - head[segment].bit_length()
-            unknown = (1 << 7 * width) - 1
-            length = int.from_bytes(head[segment : segment + width], "big") & unknown
-            end = 0 if length == unknown else segment + width + length
-        while _is_mp4(head) and end + 8 <= size:
-            file.seek(end)
-            box = file.read(16)
-            length = int.from_bytes(box[8:16] if box[:4] == b"\0\0\0\1" else box[:4], "big")
-            # 0 means to the end of the file; odd kinds of box are padding that some recorders leave.
-            if length < 8 or (end + length > size and box[4:8] not in (b"moov", b"moof", b"mdat")):
-                break
-            end += length
-    return max(end - size, 0)
-
-
-def _is_mp4(head: bytes) -> bool:
-    return head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"styp")

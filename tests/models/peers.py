@@ -5,6 +5,7 @@ Nothing here asserts. torch and transformers are imported only by the functions 
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from iv3jax.checkpoint.files import SINGLE
+from iv3jax.checkpoint.files import INDEX, SINGLE
 from iv3jax.checkpoint.names import insert, lookup, tensors
 from iv3jax.data.positions import mrope_positions
 from iv3jax.data.sample import Sample
@@ -61,6 +62,17 @@ def tiny_config(attention: str = "m2la", **text: Any) -> ModelConfig:
     return ModelConfig(kind, TextConfig(**shape | text), tower, IMAGE, VIDEO, START, END)
 
 
+def even_config(attention: str = "m2la", **text: Any) -> ModelConfig:
+    """The same with heads, widths and vocabulary that a mesh of 2 or 4 by 4 or 2 divides."""
+    heads = dict(num_attention_heads=4 if attention == "m2la" else 8, num_key_value_heads=4)
+    config = tiny_config(
+        attention, **heads | dict(vocab_size=96, hidden_size=24, intermediate_size=32) | text
+    )
+    assert config.vision_config is not None
+    tower = replace(config.vision_config, num_heads=4, intermediate_size=24, out_hidden_size=24)
+    return replace(config, vision_config=tower)
+
+
 def random_value(name: str, shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     """fp32 of a trained weight's size: products keep their scale, and no norm is 1, no bias 0."""
     value = rng.standard_normal(shape, np.float32)
@@ -102,11 +114,22 @@ def random_model(config: ModelConfig, seed: int = 0, **run: Any) -> tuple[Intern
     return InternVideo3(config, Execution(**run)), to_ours(random_tensors(config, seed), config)
 
 
-def write_folder(folder: Path, config: ModelConfig, values: dict[str, np.ndarray]) -> Path:
-    """A model folder of config.json and one safetensors file."""
+def write_folder(
+    folder: Path, config: ModelConfig, values: dict[str, np.ndarray], shards: int | None = None
+) -> Path:
+    """A model folder: config.json and one safetensors file, or so many shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    save_file({k: np.ascontiguousarray(v) for k, v in values.items()}, folder / SINGLE)
+    if shards is None:
+        save_file(values, folder / SINGLE)
+        return folder
+    weight_map = {}
+    for k in range(shards):
+        file = f"model-{k + 1:05}-of-{shards:05}.safetensors"
+        names = list(values)[k::shards]
+        save_file({name: values[name] for name in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
     return folder
 
 
