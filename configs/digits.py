@@ -15,7 +15,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.preset = "tiny"
     config.steps = 1500
     config.rows = 8
-    config.length = 208
+    config.length = 240
     config.chunks = 20
     config.optimizer = dict(learning_rate=0.01, adam_learning_rate=0.003)
     if variant == "smoke":

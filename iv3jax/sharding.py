@@ -48,15 +48,15 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     """A mesh over `devices` (default: all). Axes not named get size 1; `fsdp` takes what is left.
 
     Raises:
-        UserError: an unknown axis, or sizes that do not multiply to the number of devices.
+        UserError: an unknown axis, a size below 1, or sizes that do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     if unknown := set(sizes) - set(MESH_AXES):
         raise UserError(f"mesh axis {sorted(unknown)[0]!r} is unknown; there are {', '.join(MESH_AXES)}")
-    named = 1
-    for size in sizes.values():
-        named *= size
-    if "fsdp" not in sizes and named and len(devices) % named == 0:
+    if small := [axis for axis, size in sizes.items() if size < 1]:
+        raise UserError(f"mesh axis {small[0]!r} has size {sizes[small[0]]}; it must be 1 or more")
+    named = math.prod(sizes.values())
+    if "fsdp" not in sizes and len(devices) % named == 0:
         sizes["fsdp"] = len(devices) // named
         named = len(devices)
     if named != len(devices):

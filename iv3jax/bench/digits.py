@@ -108,7 +108,7 @@ def _make(case: Case, seed: list[int], zeroed: bool = False) -> tuple[DigitVideo
     duration = float(rng.uniform(*SECONDS))
     events = make_events(rng, case.events, duration)
     video = make_video(rng, "test", duration=duration, events=events, zeroed=zeroed)
-    return video, ask_about(rng, video, case.task)
+    return video, ask_about(rng, video, case.task, events[rng.integers(len(events))])
 
 
 def _from_files(
@@ -177,7 +177,8 @@ def _wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """The 95 % Wilson interval of a share."""
     middle = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+    whole = 1 + z * z / count
+    return max((middle - half) / whole, 0.0), min((middle + half) / whole, 1.0)
 
 
 def _best_fixed_interval(made: list[tuple[DigitVideo, Question]]) -> float:
@@ -211,6 +212,7 @@ def format_table(result: dict[str, Any]) -> str:
             f"{row['low']:.2f}–{row['high']:.2f}",
             *(show(row[key]) for key in ("control", "blind", "perfect", "recall")),
         )
-    console = Console(width=110, record=True, file=None, quiet=True)
-    console.print(table)
-    return console.export_text()
+    console = Console(width=110)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()

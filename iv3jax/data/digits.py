@@ -33,7 +33,7 @@ SIDE = 32
 """Height and width of a frame as the tiny model sees it: one vision token per temporal patch."""
 
 EVENT_SECONDS = (4.0, 7.0)
-"""A number is shown for a time between these."""
+"""A number is shown for a time between these, where it is to be found again."""
 EVENT_GAP = 0.5
 """At least this much of a video before, between and after the numbers."""
 
@@ -135,14 +135,16 @@ def draw(frame: np.ndarray, number: np.ndarray) -> np.ndarray:
     return out.astype(np.uint8)
 
 
-def most_events(duration: float) -> int:
-    """How many events fit in a video of this length."""
-    return int((duration - EVENT_GAP) / (EVENT_SECONDS[0] + EVENT_GAP))
+def most_events(duration: float, shortest: float) -> int:
+    """How many events of at least `shortest` seconds fit in a video of this length."""
+    return int((duration - EVENT_GAP) / (shortest + EVENT_GAP))
 
 
-def make_events(rng: np.random.Generator, count: int, duration: float) -> tuple[Event, ...]:
-    """Events with different numbers and lengths in EVENT_SECONDS, at least EVENT_GAP around each."""
-    shortest, longest = EVENT_SECONDS
+def make_events(
+    rng: np.random.Generator, count: int, duration: float, seconds: tuple[float, float] = EVENT_SECONDS
+) -> tuple[Event, ...]:
+    """Events with different numbers and lengths in `seconds`, at least EVENT_GAP around each."""
+    shortest, longest = seconds
     spare = duration - count * shortest - (count + 1) * EVENT_GAP
     if spare < 0:
         raise ValueError(f"{count} events do not fit in {duration} seconds")
@@ -189,13 +191,12 @@ def make_video(
     return DigitVideo(frames, times, duration, events)
 
 
-def ask_about(rng: np.random.Generator, video: DigitVideo, task: Task) -> Question:
-    """A question of the kind about a random event of the video.
+def ask_about(rng: np.random.Generator, video: DigitVideo, task: Task, event: Event) -> Question:
+    """A question of the kind about one event of the video.
 
     The trained answer to "when" names the timestamps of the first and last temporal patch in which the
     number is seen: what can be read off the prompt. Judging uses the true start and end.
     """
-    event = video.events[rng.integers(len(video.events))]
     if task == "read":
         return Question(task, "Which number is shown?", f"{event.number}", event)
     if task == "at":

@@ -92,7 +92,7 @@ class Embedding(nn.Module):
 
     rows: int
     width: int
-    axes: tuple[str, str]
+    axes: tuple[str, str | None]
     run: Execution = dataclasses.field(default_factory=Execution)
 
     def setup(self) -> None:

@@ -98,7 +98,7 @@ class _TowerStep(nn.Module):
         hidden = Linear(
             (c.patch_dim,), (c.hidden_size,), ("patch",), ("embed",), True, run, name="patch_embed"
         )(normalised(patches))
-        hidden += self._position_embedding(coords)
+        hidden = constrain(hidden + self._position_embedding(coords), "chunk_groups", None, None)
         rope = vision_rope(coords[..., 0], coords[..., 1], c.hidden_size // c.num_heads)
         taps = jnp.zeros((len(c.deepstack_visual_indexes), *hidden.shape), hidden.dtype)
         blocks = nn.scan(
@@ -125,7 +125,7 @@ class _TowerStep(nn.Module):
         """Bilinear in the learned square table, corners aligned, upper neighbour clipped."""
         side = round(self.config.num_position_embeddings**0.5)
         table = Embedding(
-            side * side, self.config.hidden_size, ("positions", "embed"), self.run, name="pos_embed"
+            side * side, self.config.hidden_size, ("positions", None), self.run, name="pos_embed"
         )
         index, size = coords[..., :2], coords[..., 2:]
         where = index.astype(jnp.float32) * ((side - 1) / jnp.maximum(size - 1, 1).astype(jnp.float32))

@@ -24,17 +24,18 @@ class DigitsConfig:
         events: at most this many numbers in a long video.
         seconds: shortest and longest duration of a long video.
         growth: share of the steps over which the longest duration grows from the shortest to its full length.
-        when: share of the questions about a long video that ask when a number is shown.
-        questions: at most this many questions about one long video, as turns of one conversation.
+        shown: for how long a number is shown, shortest and longest. Shorter than in the test: where most
+            of a video shows a number, guessing its start and end pays too well.
+        questions: at most this many different questions about one long video, as turns of one conversation.
     """
 
     reading_only: float = 0.12
     reading: float = 0.2
     events: int = 2
-    seconds: tuple[float, float] = (5.0, 16.0)
-    growth: float = 0.6
-    when: float = 0.6
-    questions: int = 2
+    seconds: tuple[float, float] = (4.0, 16.0)
+    growth: float = 0.4
+    shown: tuple[float, float] = (1.5, 7.0)
+    questions: int = 3
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _reading(rng: np.random.Generator) -> list[dict]:
     duration = float(rng.choice([1.5, 2.0, 3.0]))
     events = (Event(int(rng.integers(10, 100)), 0.0, duration),)
     video = make_video(rng, "train", duration=duration, events=events)
-    return conversation(video, [ask_about(rng, video, "read")], answered=True)
+    return conversation(video, [ask_about(rng, video, "read", events[0])], answered=True)
 
 
 def _finding(rng: np.random.Generator, config: DigitsConfig, progress: float) -> list[dict]:
@@ -61,13 +61,13 @@ def _finding(rng: np.random.Generator, config: DigitsConfig, progress: float) ->
     shortest, longest = config.seconds
     longest = shortest + (longest - shortest) * min(progress / config.growth, 1.0)
     duration = float(rng.uniform(shortest, longest))
-    count = int(rng.integers(1, min(config.events, most_events(duration)) + 1))
-    events = make_events(rng, count, duration)
+    most = min(config.events, most_events(duration, config.shown[0]))
+    events = make_events(rng, int(rng.integers(1, most + 1)), duration, config.shown)
     video = make_video(rng, "train", duration=duration, events=events)
-    questions = []
-    for _ in range(int(rng.integers(1, config.questions + 1))):
-        task: Task = "read" if len(events) == 1 and rng.random() < 0.5 else "at"
-        if rng.random() < config.when:
-            task = "when"
-        questions.append(ask_about(rng, video, task))
+    # No question twice: its answer would only be copied from the turn before.
+    kinds: list[tuple[Task, Event]] = [("when", event) for event in events]
+    kinds += [("read" if len(events) == 1 and rng.random() < 0.5 else "at", event) for event in events]
+    count = int(rng.integers(1, min(config.questions, len(kinds)) + 1))
+    chosen = rng.permutation(len(kinds))[:count]
+    questions = [ask_about(rng, video, *kinds[i]) for i in chosen]
     return conversation(video, questions, answered=True)

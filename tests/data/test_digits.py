@@ -37,7 +37,7 @@ def test_splits_share_no_clip_and_no_handwriting():
 def test_events_are_apart_and_inside(count: int):
     rng = np.random.default_rng(count)
     for duration in rng.uniform(count * 4.5 + 0.6, 40, 50):
-        assert most_events(duration) >= count
+        assert most_events(duration, EVENT_SECONDS[0]) >= count
         events = make_events(rng, count, duration)
         assert len({event.number for event in events}) == count
         edges = [0.0, *(t for event in events for t in (event.start, event.end)), duration]
@@ -82,7 +82,7 @@ def test_the_trained_answer_is_close_to_the_truth():
     scores = []
     for _ in range(200):
         video = make_video(rng, "train", duration=14.0, events=make_events(rng, 2, 14.0))
-        question = ask_about(rng, video, "when")
+        question = ask_about(rng, video, "when", video.events[1])
         words = question.answer.removesuffix(" seconds.").split()
         assert str(question.event.number) in question.text
         truth = (question.event.start, question.event.end)
@@ -93,7 +93,7 @@ def test_the_trained_answer_is_close_to_the_truth():
 def test_conversation_shows_the_video_once():
     rng = np.random.default_rng(3)
     video = make_video(rng, "train", duration=14.0, events=make_events(rng, 2, 14.0))
-    questions = [ask_about(rng, video, "at") for _ in range(3)]
+    questions = [ask_about(rng, video, "at", video.events[i]) for i in (0, 1, 0)]
     turns = conversation(video, questions, answered=True)
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 3
     kinds = [part["type"] for turn in turns[::2] for part in turn["content"]]

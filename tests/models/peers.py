@@ -207,6 +207,19 @@ def tree_difference(got: Any, expected: Any) -> float:
     return max(jax.tree.leaves(jax.tree.map(difference, got, expected)))
 
 
+def shapes_in(jaxpr: Any) -> set[tuple[int, ...]]:
+    """The shape of every array that the equations of a jaxpr make, those of nested jaxprs included."""
+    found = set()
+    for equation in jaxpr.eqns:
+        found |= {v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape")}
+        for parameter in equation.params.values():
+            for inner in parameter if isinstance(parameter, list | tuple) else [parameter]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    found |= shapes_in(inner)
+    return found
+
+
 def randomise(torch_model: Any, seed: int) -> Any:
     """Gives every weight of a torch model a `random_value`, in place."""
     import torch
