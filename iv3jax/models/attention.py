@@ -111,10 +111,11 @@ class M2LAAttention(nn.Module):
         width, heads, rank = c.hidden_size, c.num_attention_heads, _rank(c)
         n, e, v = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
         head = ("heads", "head_dim")
-        self.q_proj = Linear((width,), (heads, n + e), ("embed",), head, c.attention_bias, run)
-        self.kv_a_proj_with_mqa = Linear(
-            (width,), (rank + e,), ("embed",), ("latent",), c.attention_bias, run
-        )
+        # A new model starts with biases that are not zero: turned by RoPE they make heads that look at fixed
+        # distances, which the tiny model would otherwise spend much of its few minutes to find.
+        bias = (c.attention_bias, run, 0.5)
+        self.q_proj = Linear((width,), (heads, n + e), ("embed",), head, *bias)
+        self.kv_a_proj_with_mqa = Linear((width,), (rank + e,), ("embed",), ("latent",), *bias)
         self.kv_b_proj = Linear((rank,), (heads, n + v), ("latent",), head, False, run)
         self.o_proj = Linear((heads, v), (width,), head, ("embed",), False, run)
 

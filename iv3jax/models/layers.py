@@ -50,7 +50,8 @@ class Execution:
 class Linear(nn.Module):
     """y = x·W + b over the last len(in_shape) axes of x.
 
-    kernel: (*in_shape, *out_shape), bias: out_shape; so heads stay an axis of their own.
+    kernel: (*in_shape, *out_shape), bias: out_shape; so heads stay an axis of their own. New biases are
+    normal with `bias_scale` as their standard deviation.
     """
 
     in_shape: tuple[int, ...]
@@ -59,6 +60,7 @@ class Linear(nn.Module):
     out_axes: tuple[str, ...]
     use_bias: bool = False
     run: Execution = dataclasses.field(default_factory=Execution)
+    bias_scale: float = 0.0
 
     def setup(self) -> None:
         init = nn.initializers.normal(1 / math.sqrt(math.prod(self.in_shape)))
@@ -71,7 +73,7 @@ class Linear(nn.Module):
         if self.use_bias:
             self.bias = self.param(
                 "bias",
-                nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes),
+                nn.with_logical_partitioning(nn.initializers.normal(self.bias_scale), self.out_axes),
                 self.out_shape,
                 self.run.param_dtype,
             )

@@ -21,7 +21,9 @@ class DigitsConfig:
     Attributes:
         reading_only: share of the steps, from the start, with short videos of one number only.
         reading: share of such videos in the mixture after that; without them reading is lost again.
-        events: at most this many numbers in a long video.
+        alone: share of the steps, from the start, in which a long video shows one number only: when it is
+            shown can then be learned before telling numbers apart.
+        events: at most this many numbers in a long video after that.
         seconds: shortest and longest duration of a long video.
         growth: share of the steps over which the longest duration grows from the shortest to its full length.
         shown: for how long a number is shown, shortest and longest. Shorter than in the test: where most
@@ -31,10 +33,11 @@ class DigitsConfig:
 
     reading_only: float = 0.12
     reading: float = 0.2
+    alone: float = 0.55
     events: int = 2
     seconds: tuple[float, float] = (4.0, 16.0)
     growth: float = 0.4
-    shown: tuple[float, float] = (1.5, 7.0)
+    shown: tuple[float, float] = (2.0, 7.0)
     questions: int = 3
 
 

@@ -61,7 +61,7 @@ def _finding(rng: np.random.Generator, config: DigitsConfig, progress: float) ->
     shortest, longest = config.seconds
     longest = shortest + (longest - shortest) * min(progress / config.growth, 1.0)
     duration = float(rng.uniform(shortest, longest))
-    most = min(config.events, most_events(duration, config.shown[0]))
+    most = min(config.events, most_events(duration, config.shown[0])) if progress > config.alone else 1
     events = make_events(rng, int(rng.integers(1, most + 1)), duration, config.shown)
     video = make_video(rng, "train", duration=duration, events=events)
     # No question twice: its answer would only be copied from the turn before.

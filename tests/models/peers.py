@@ -6,7 +6,7 @@ Nothing here asserts. torch and transformers are imported only by the functions 
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,10 @@ def even_config(attention: str = "m2la", **text: Any) -> ModelConfig:
     return replace(config, vision_config=tower)
 
 
+table = cache(tensors)
+"""The table of names of a config, traced once."""
+
+
 def random_value(name: str, shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     """fp32 of a trained weight's size: products keep their scale, and no norm is 1, no bias 0."""
     value = rng.standard_normal(shape, np.float32)
@@ -84,14 +88,14 @@ def random_value(name: str, shape: Sequence[int], rng: np.random.Generator) -> n
 def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint, under Hugging Face's names."""
     rng = np.random.default_rng(seed)
-    return {t.name: random_value(t.name, t.shape, rng) for t in tensors(config)}
+    return {t.name: random_value(t.name, t.shape, rng) for t in table(config)}
 
 
 def to_ours(values: dict[str, np.ndarray], config: ModelConfig) -> dict[str, Any]:
     """Hugging Face's tensors as our nested dict."""
     parts: dict[tuple[str, ...], list[np.ndarray]] = {}
     stacked = {}
-    for tensor in tensors(config):
+    for tensor in table(config):
         parts.setdefault(tensor.entry.path, []).append(tensor.to_ours(values[tensor.name]))
         stacked[tensor.entry.path] = tensor.index is not None
     params: dict[str, Any] = {}
@@ -103,7 +107,7 @@ def to_ours(values: dict[str, np.ndarray], config: ModelConfig) -> dict[str, Any
 def to_theirs(tree: Any, config: ModelConfig) -> dict[str, np.ndarray]:
     """Our nested dict, of parameters or of their gradients, under Hugging Face's names."""
     found = {}
-    for tensor in tensors(config):
+    for tensor in table(config):
         value = np.asarray(lookup(tree, tensor.entry.path))
         found[tensor.name] = tensor.to_theirs(value if tensor.index is None else value[tensor.index])
     return found

@@ -123,7 +123,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(ROWS)
 def test_slots_and_writes_against_a_loop(rows):
     """Any lengths and any padding, on a cache of 6 slots, against appending token by token."""

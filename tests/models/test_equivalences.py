@@ -121,6 +121,7 @@ def samples(config):
     ]
 
 
+@pytest.mark.medium
 def test_packed_is_separate_and_padded_is_single(tiny):
     model, params = tiny
     parts = samples(model.config)
@@ -233,6 +234,7 @@ def test_tower_in_steps(per_step):
     assert tree_difference(encode(stepped, params, batch), encode(model, params, batch)) <= TOLERANCE
 
 
+@pytest.mark.medium
 def test_several_temporal_patches_in_a_chunk():
     """Where in the chunks a temporal patch lies changes nothing, padding beside it neither."""
     model, params = shared_model("m2la")

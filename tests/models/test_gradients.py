@@ -50,7 +50,7 @@ def test_equal_to_torch(golden):
     labels = torch.tensor(sample.labels, dtype=torch.long)
     expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_LABEL)
     expected.backward()
-    assert abs(float(loss) - float(expected)) <= 1e-5
+    assert abs(float(loss) - expected.item()) <= 1e-5
 
     got = to_theirs(gradients, ours.config)
     wanted = {name: p.grad.numpy() for name, p in theirs.named_parameters()}

@@ -16,9 +16,8 @@ from models.peers import (
     conversation,
     difference,
     even_config,
-    random_tensors,
+    random_model,
     tiny_config,
-    to_ours,
     tree_difference,
 )
 
@@ -35,7 +34,6 @@ MESHES = {
     "fsdp 4, tensor 2": dict(fsdp=4, tensor=2),
     "fsdp 2, tensor 4": dict(fsdp=2, tensor=4),
     "context 2, fsdp 2, tensor 2": dict(context=2, fsdp=2, tensor=2),
-    "data 2, context 4": dict(data=2, context=4, fsdp=1),
 }
 
 
@@ -67,9 +65,8 @@ def computed(model, params, batch):
 @cache
 def one_device(attention: str, rows: int):
     """The model, its weights, a batch and what one device computes."""
-    config = even_config(attention)
-    model, params = InternVideo3(config), to_ours(random_tensors(config), config)
-    batch = batch_of(config, rows)
+    model, params = random_model(even_config(attention))
+    batch = batch_of(model.config, rows)
     return model, params, batch, computed(model, params, batch)(params)
 
 
@@ -98,12 +95,15 @@ def test_eight_devices_compute_what_one_does(attention, mesh, rows):
     assert tree_difference(got, gradients) <= TOLERANCE
 
 
-@pytest.mark.parametrize("mesh", list(MESHES))
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("attention", "mesh"),
+    [("m2la", "fsdp 4, tensor 2"), ("gqa", "fsdp 2, tensor 4"), ("gqa", "context 2, fsdp 2, tensor 2")],
+)
 def test_every_weight_is_split_as_the_rules_say(attention, mesh):
     """Each device holds 1/fsdp of a width, 1/tensor of heads, units and vocabulary, read from real shards."""
     sizes = dict(data=1, fsdp=1, context=1, tensor=1) | MESHES[mesh]
-    model, params, *_ = one_device(attention, 4)
+    model, params = random_model(even_config(attention))
     placed = jax.device_put(params, param_shardings(boxed_params(model), make_mesh(**MESHES[mesh])))
     f, t = sizes["fsdp"], sizes["tensor"]
     layers, tower = placed["language_model"]["layers"], placed["visual"]["tower"]
