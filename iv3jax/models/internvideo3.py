@@ -1,6 +1,7 @@
 """The whole model: tower, embeddings, decoder, head. Text-only decoders are the same without a tower."""
 
 import dataclasses
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -82,11 +83,12 @@ class InternVideo3(nn.Module):
         return self.logits(self(batch).hidden[:, -1:])
 
 
-def boxed_params(model: InternVideo3, rng: Array | None = None) -> Any:
-    """Abstract parameters with their logical axes: shapes only, no memory."""
-    rng = jax.random.key(0) if rng is None else rng
+@lru_cache(maxsize=8)
+def boxed_params(model: InternVideo3) -> Any:
+    """Abstract parameters with their logical axes: shapes only, no memory. Traced once for each model."""
     batch = fake_batch(model.config, rows=1, length=8, chunks=1)
-    return jax.eval_shape(lambda key: model.init(key, batch, method="everything"), rng)["params"]
+    init = partial(model.init, method="everything")
+    return jax.eval_shape(init, jax.random.key(0), batch)["params"]
 
 
 def init_params(model: InternVideo3, rng: Array, shardings: Any = None) -> Params:
