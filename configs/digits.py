@@ -13,7 +13,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     """The experiment; `smoke` is the same for a few steps, to see that it runs."""
     config = ml_collections.ConfigDict()
     config.preset = "tiny"
-    config.steps = 1500
+    config.steps = 1250
     config.rows = 8
     config.length = 240
     config.chunks = 20

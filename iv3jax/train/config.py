@@ -33,11 +33,11 @@ class DigitsConfig:
 
     reading_only: float = 0.12
     reading: float = 0.2
-    alone: float = 0.55
+    alone: float = 0.7
     events: int = 2
     seconds: tuple[float, float] = (4.0, 16.0)
-    growth: float = 0.4
-    shown: tuple[float, float] = (2.0, 7.0)
+    growth: float = 0.55
+    shown: tuple[float, float] = (2.5, 7.0)
     questions: int = 3
 
 

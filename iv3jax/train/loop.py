@@ -30,12 +30,19 @@ PLAIN_EVERY = 25
 """Steps between two lines of progress where there is no terminal to draw a bar on."""
 
 
-def train(model: InternVideo3, config: TrainConfig, batch_at: Callable[[int], Batch], title: str) -> Params:
-    """Trains a model from random weights on all devices, rows split over them.
+def train(
+    model: InternVideo3,
+    config: TrainConfig,
+    batch_at: Callable[[int], Batch],
+    title: str,
+    mesh: Mesh | None = None,
+) -> Params:
+    """Trains a model from random weights.
 
     Args:
         batch_at: step → its batch, the same for the same step; called ahead, in a thread.
         title: what the progress line begins with.
+        mesh: the devices to train on; None splits the rows of a batch over all there are.
 
     Returns:
         The parameters after the last step.
@@ -43,9 +50,9 @@ def train(model: InternVideo3, config: TrainConfig, batch_at: Callable[[int], Ba
     Raises:
         UserError: a loss that is not finite, naming the step.
     """
-    if config.rows % jax.device_count():
-        raise UserError(f"rows {config.rows} is no multiple of the {jax.device_count()} devices")
-    mesh = make_mesh(data=jax.device_count(), fsdp=1)
+    mesh = make_mesh(data=jax.device_count(), fsdp=1) if mesh is None else mesh
+    if config.rows % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise UserError(f"rows {config.rows} is no multiple of the {parts} devices that share a batch")
     boxed = boxed_params(model)
     params = init_params(model, jax.random.key(config.seed), param_shardings(boxed, mesh))
     optimizer = make_optimizer(config.optimizer, config.steps, boxed)

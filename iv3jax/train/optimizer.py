@@ -28,7 +28,7 @@ class OptimizerConfig:
     learning_rate: float = 0.01
     adam_learning_rate: float = 0.003
     warmup: float = 0.02
-    decay: float = 0.5
+    decay: float = 0.7
     clip: float = 1.0
 
 

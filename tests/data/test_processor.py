@@ -1,6 +1,7 @@
 """Processor: files and frames in memory become a Sample; budgets are read and saved."""
 
 import dataclasses
+import shutil
 import json
 import pickle
 import time
@@ -157,8 +158,9 @@ def test_save_and_read_back(tmp_path):
     assert again.tokenizer.to_json() == processor.tokenizer.to_json()
 
 
-def test_missing_files_mean_the_defaults():
-    processor = Processor.from_dir(TINY_FOLDER, CONFIG)
+def test_missing_files_mean_the_defaults(tmp_path):
+    shutil.copy(TINY_FOLDER / "tokenizer.json", tmp_path)
+    processor = Processor.from_dir(tmp_path, CONFIG)
     assert processor == Processor(processor.tokenizer, CONFIG)
     assert processor.image_pixels == (65_536, 16_777_216)
     assert processor.video_pixels == (4_096, 25_165_824)
