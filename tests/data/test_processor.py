@@ -1,9 +1,9 @@
 """Processor: files and frames in memory become a Sample; budgets are read and saved."""
 
 import dataclasses
-import shutil
 import json
 import pickle
+import shutil
 import time
 
 import av
