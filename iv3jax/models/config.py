@@ -125,6 +125,7 @@ class ModelConfig:
             text["tie_word_embeddings"] = data.get(
                 "tie_word_embeddings", text.get("tie_word_embeddings", False)
             )
+            _refuse(data["vision_config"], _VISION_SUPPORT, f"{source}: vision_config")
             vision = _read(VisionConfig, data["vision_config"], f"{source}: vision_config")
             used = {"model_type", "text_config", "vision_config", "tie_word_embeddings", *_TOKEN_IDS}
             ids = {k: _typed(_FIELDS[k], data[k], source) for k in _TOKEN_IDS if data.get(k) is not None}
@@ -222,8 +223,10 @@ def _kind_name(kind: str) -> str:
 def _read_text(data: Mapping[str, Any], model_type: str, source: str) -> TextConfig:
     """The decoder's fields, with what each model type leaves unsaid filled in."""
     data = dict(data)
-    _refuse(data, source)
+    _refuse(data, _TEXT_SUPPORT, source)
     rope = _rope(data, source)
+    if rope.get("mrope_section") and not rope.get("mrope_interleaved", False):
+        raise UserError(f"{source}: mrope_interleaved must be true; sections in blocks are not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise UserError(f"{source}: rope type {kind!r} is not supported; only plain RoPE and M-RoPE are")
@@ -275,23 +278,24 @@ def _rope(data: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     return {}
 
 
-def _refuse(data: Mapping[str, Any], source: str) -> None:
-    """Features of the wider families that no module here computes: never ignored silently."""
-    supported: dict[str, tuple] = {
-        "hidden_act": (None, "silu"),
-        "q_lora_rank": (None,),
-        "kv_lora_rank_list": (None,),
-        "qk_latent_layernorm": (None, False),
-        "rope_interleave": (None, True),
-        "mlp_bias": (None, False),
-        "use_sliding_window": (None, False),
-    }
+# What the modules compute, where the wider families have a choice; the first value means unsaid.
+_TEXT_SUPPORT: dict[str, tuple] = {
+    "hidden_act": (None, "silu"),
+    "q_lora_rank": (None,),
+    "kv_lora_rank_list": (None,),
+    "qk_latent_layernorm": (None, False),
+    "rope_interleave": (None, True),
+    "mlp_bias": (None, False),
+    "use_sliding_window": (None, False),
+}
+_VISION_SUPPORT: dict[str, tuple] = {"hidden_act": (None, "gelu_pytorch_tanh")}
+
+
+def _refuse(data: Mapping[str, Any], supported: Mapping[str, tuple], source: str) -> None:
+    """Features that no module here computes are never ignored silently."""
     for key, values in supported.items():
         if data.get(key) not in values:
             raise UserError(f"{source}.{key} = {data[key]!r} is not supported (only {values[-1]!r})")
-    rope = _rope(data, source)
-    if rope.get("mrope_section") and not rope.get("mrope_interleaved", False):
-        raise UserError(f"{source}: mrope_interleaved must be true; sections in blocks are not supported")
 
 
 def _write(config: Any) -> dict[str, Any]:
