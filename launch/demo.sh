@@ -38,8 +38,8 @@ for question in "Which number is shown?" "When is the number $number shown?"; do
 done
 
 cat <<'TEXT'
-[demo] What this model is: 1.2 million parameters, trained for minutes on one task. It reads two-digit
-handwritten numbers in the lower half of a video and says when they are shown, in videos of 6 to 12 seconds.
+[demo] What this model is: 1.1 million parameters, trained for minutes on one task. It reads two-digit
+handwritten numbers in the lower half of a video and says when they are shown, in videos of up to 16 seconds.
 What it is not: it knows no other object, no speech and no other question, and it will answer those anyway,
 wrongly. The same code runs the 8B shape; its weights are not part of this repository.
 TEXT
