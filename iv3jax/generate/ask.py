@@ -83,7 +83,7 @@ def ask(
         [[sample]],
         model.config,
         length=length if length <= PREFILL_CHUNK else -(-len(sample) // PREFILL_CHUNK) * PREFILL_CHUNK,
-        chunks=round_up_bucket(sum(t for t, _, _ in sample.grids)),
+        chunks=round_up_bucket(sum(t for t, _, _ in sample.grids), 1),
         chunk_patches=max(h * w for _, h, w in sample.grids),
     )
     decoder = StreamDecoder(processor.tokenizer)

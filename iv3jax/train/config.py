@@ -33,7 +33,7 @@ class DigitsConfig:
 
     reading_only: float = 0.12
     reading: float = 0.2
-    alone: float = 0.7
+    alone: float = 0.85
     events: int = 2
     seconds: tuple[float, float] = (4.0, 16.0)
     growth: float = 0.55
