@@ -101,6 +101,8 @@ def test_bad_questions_and_budgets(model: Path, video: Path, capsys: pytest.Capt
     assert "question is empty" in refused(capsys, "ask", video, "  ", "--model", model)
     many = refused(capsys, "ask", video, "what?", "--model", model, "--max-new-tokens", "9000")
     assert "8192" in many and "prompt tokens" in many
+    none = refused(capsys, "ask", video, "what?", "--model", model, "--max-new-tokens", "0")
+    assert "max_new_tokens" in none
     long = refused(capsys, "ask", video, "why? " * 9000, "--model", model)
     assert "8192" in long
     assert "fps" in refused(capsys, "ask", video, "what?", "--model", model, "--fps", "0")

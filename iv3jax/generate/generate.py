@@ -81,12 +81,15 @@ def generate(
         on_tokens: called with each row's newest tokens, every DECODE_BLOCK steps.
 
     Raises:
-        UserError: the prompt and new tokens exceed the capacity or the model's max_position_embeddings.
+        UserError: an empty row, no new tokens, or prompt and new tokens that exceed the capacity or the
+            model's max_position_embeddings.
     """
     sampling = sampling or Sampling()
     lengths = np.asarray(batch.segment_ids != 0).sum(axis=1)
     if not lengths.all():
         raise UserError(f"row {int(np.argmin(lengths))} of the prompts is empty")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     needed = int(lengths.max()) + max_new_tokens
     limit = model.config.text_config.max_position_embeddings
     for name, most in (("the model's max_position_embeddings", limit), ("the cache's capacity", capacity)):
