@@ -262,7 +262,7 @@ def interval_iou(first: tuple[float, float], second: tuple[float, float]) -> flo
 
 if __name__ == "__main__":
     # python -m iv3jax.data.digits OUT.mp4 [SEED]: a held-out video to ask about, and what it shows.
-    _rng = np.random.default_rng(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    _rng = np.random.default_rng(int(sys.argv[2]) if len(sys.argv) > 2 else 1)
     _events = make_events(_rng, 1, 10.0)
     write_video(Path(sys.argv[1]), _rng, "test", 10.0, _events)
     for _event in _events:
