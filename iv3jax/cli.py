@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("name", choices=["digits"])
     sub.add_argument("--model", help="model folder (default: the model that launch/demo.sh trained)")
     sub.add_argument("--samples", type=int, default=500, help="held-out videos per row")
+    sub.add_argument("--seed", type=int, default=1, help="which held-out videos (default 1)")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -201,7 +202,7 @@ def _train(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from iv3jax.bench.digits import bench_digits, format_table
 
-    result = bench_digits(_load(args.model), args.samples)
+    result = bench_digits(_load(args.model), args.samples, args.seed)
     print(json.dumps(result) if args.json else format_table(result))
     return 0
 

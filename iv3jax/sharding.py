@@ -102,8 +102,7 @@ def constrain(x: Array, *names: str | None) -> Array:
 
 
 def param_shardings(boxed: Params, mesh: Mesh) -> Params:
-    """Shardings of a tree of parameters that still carries its logical axes (from `nn.get_partition_spec`'s
-    input: the boxes that `init` returns, abstract or real).
+    """Shardings of parameters, abstract or real, still in the boxes that carry their logical axes.
 
     Raises:
         UserError: a dim that its mesh axes do not divide, all of them named at once.
