@@ -140,7 +140,8 @@ def _stream(files: TensorFiles, expected: list[Tensor], model: InternVideo3, mes
                     shard[...] = value[(slice(*first), *inner)]
                 elif first[0] <= tensor.index < first[1]:
                     shard[tensor.index - first[0]] = value[inner]
-        insert(params, path, _assemble(shape, sharding, shards))
+        # Waited for: a copy to the device still under way would keep its host memory beside the next one's.
+        insert(params, path, jax.block_until_ready(_assemble(shape, sharding, shards)))
     return params
 
 
