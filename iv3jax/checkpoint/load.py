@@ -73,7 +73,7 @@ def load(
         source: a folder with config.json and safetensors, or a preset's name.
         dtype: dtype of the parameters and of computing; None takes the checkpoint's.
         mesh: where to put the parameters; None puts them on the first device.
-        run: how to compute (remat, tower steps); its dtypes are overridden by `dtype`.
+        run: how to compute (remat, tower steps, scanned layers); its dtypes are overridden by `dtype`.
         random_weights: allows a preset, which has no weights, to be made with random ones.
 
     Raises:
@@ -100,7 +100,7 @@ def load(
     if random_weights:
         raise UserError(f"{source}: has weights of its own; random weights are for presets")
     config = ModelConfig.from_file(folder)
-    expected = tensors(config)
+    expected = tensors(config, run.scan_layers)
     files = TensorFiles(folder)
     ignored = [r".*\.rotary_emb\.inv_freq"]
     if config.text_config.tie_word_embeddings:
@@ -123,7 +123,7 @@ def _stream(files: TensorFiles, expected: list[Tensor], model: InternVideo3, mes
     shardings = param_shardings(boxed, mesh)
     by_path: dict[tuple[str, ...], list[Tensor]] = {}
     for tensor in expected:
-        by_path.setdefault(tensor.entry.path, []).append(tensor)
+        by_path.setdefault(tensor.path, []).append(tensor)
     params: dict = {}
     for path, parts in by_path.items():
         shape, sharding = lookup(boxed, path).value.shape, lookup(shardings, path)

@@ -17,6 +17,8 @@ from iv3jax.sharding import unbox
 
 Path = tuple[str, ...]
 
+_LAYERS = ("language_model", "layers")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -45,6 +47,7 @@ class Tensor:
     Attributes:
         name: its name in the file.
         shape: its shape in the file.
+        path: keys in our nested dict.
         entry: the table entry it belongs to.
         index: which layer of our stacked parameter, None if that is not stacked.
         sizes: length of every axis in the entry's pattern.
@@ -52,6 +55,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
+    path: Path
     entry: Entry
     index: int | None
     sizes: tuple[tuple[str, int], ...]
@@ -78,7 +82,7 @@ def entries(config: ModelConfig) -> list[Entry]:
         table.append(Entry(("lm_head", "kernel"), "lm_head.weight", "v d -> d v"))
 
     def layer(path: str, name: str, pattern: str) -> None:
-        keys = ("language_model", "layers", *path.split("/"))
+        keys = (*_LAYERS, *path.split("/"))
         table.append(Entry(keys, f"{root}.layers.{{i}}.{name}", pattern))
 
     layer("input_layernorm/scale", "input_layernorm.weight", "d -> d")
@@ -142,8 +146,12 @@ def _vision_entries(deepstack_levels: int) -> list[Entry]:
     return table
 
 
-def tensors(config: ModelConfig) -> list[Tensor]:
-    """Every tensor a checkpoint of this config holds, in the table's order. No memory is used."""
+def tensors(config: ModelConfig, scan_layers: bool = True) -> list[Tensor]:
+    """Every tensor a checkpoint of this config holds, in the table's order. No memory is used.
+
+    `scan_layers` says which form our parameters have (`Execution.scan_layers`): a decoder layer that
+    stands alone has a path of its own, and no tensor of it is part of a stack.
+    """
     abstract = unbox(boxed_params(InternVideo3(config)))
     fixed: dict[str, int] = {}
     if (vision := config.vision_config) is not None:
@@ -159,8 +167,11 @@ def tensors(config: ModelConfig) -> list[Tensor]:
         sizes |= {a: s for a, s in zip(_groups(ours), shape, strict=True) if " " not in a}
         their_shape = tuple(math.prod(sizes[a] for a in group.split()) for group in _groups(theirs))
         for i in range(count):
-            index = i if entry.stacked else None
-            found.append(Tensor(entry.name.format(i=i), their_shape, entry, index, tuple(sizes.items())))
+            path, index = entry.path, i if entry.stacked else None
+            if not scan_layers and path[:2] == _LAYERS:
+                path, index = (_LAYERS[0], f"{_LAYERS[1]}_{i}", *path[2:]), None
+            name = entry.name.format(i=i)
+            found.append(Tensor(name, their_shape, path, entry, index, tuple(sizes.items())))
     return found
 
 

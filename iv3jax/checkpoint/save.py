@@ -23,8 +23,8 @@ def save(loaded: LoadedModel, folder: str | Path) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     values: dict[str, np.ndarray] = {}
-    for tensor in tensors(loaded.config):
-        ours = lookup(loaded.params, tensor.entry.path)
+    for tensor in tensors(loaded.config, loaded.model.run.scan_layers):
+        ours = lookup(loaded.params, tensor.path)
         value = np.asarray(jax.device_get(ours if tensor.index is None else ours[tensor.index]))
         values[tensor.name] = np.ascontiguousarray(tensor.to_theirs(value))
     save_file(values, part / SINGLE, metadata={"format": "pt"})

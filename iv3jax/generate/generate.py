@@ -99,7 +99,11 @@ def generate(
                 f"{most}; use fewer frames, a lower fps or fewer new tokens"
             )
     cache = init_cache(
-        model.config.text_config, len(lengths), capacity or needed, cache_dtype or model.run.dtype
+        model.config.text_config,
+        len(lengths),
+        capacity or needed,
+        cache_dtype or model.run.dtype,
+        model.run.scan_layers,
     )
     cache_bytes = cache.nbytes
     watch = Stopwatch()

@@ -1,6 +1,7 @@
 """The decoder: scanned layers of either attention, with DeepStack after the first K."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -82,16 +83,42 @@ class Decoder(nn.Module):
         deepstack = None
         if visual is not None and visual.deepstack.shape[0]:
             deepstack = visual.deepstack.astype(run.dtype)
-        layers = nn.scan(
-            run.checkpointed(DecoderLayer),
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_hidden_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, run, name="layers")
+        hidden = constrain(hidden, "batch", "sequence", "hidden")
         entries = None if cache is None else cache.entries
-        carry = (constrain(hidden, "batch", "sequence", "hidden"), entries)
-        (hidden, entries), _ = layers(carry, jnp.arange(c.num_hidden_layers), tokens, deepstack, visual_index)
+        if run.scan_layers:
+            layers = nn.scan(
+                run.checkpointed(DecoderLayer),
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.num_hidden_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c, run, name="layers")
+            indices = jnp.arange(c.num_hidden_layers)
+            (hidden, entries), _ = layers((hidden, entries), indices, tokens, deepstack, visual_index)
+        else:
+            hidden, entries = self._unrolled(hidden, entries, tokens, deepstack, visual_index)
         hidden = RMSNorm(c.hidden_size, c.rms_norm_eps, run, name="norm")(hidden)
         return hidden, None if cache is None else cache.advanced(entries, segment_ids)
+
+    def _unrolled(
+        self,
+        hidden: Array,
+        entries: Any,
+        tokens: Tokens,
+        deepstack: Array | None,
+        visual_index: Array | None,
+    ) -> tuple[Array, Any]:
+        """The layers one after the other; each sees its own part of the cache as a stack of one."""
+        layer_type = self.run.checkpointed(DecoderLayer)
+        levels = 0 if deepstack is None else deepstack.shape[0]
+        written = []
+        for i in range(self.config.num_hidden_layers):
+            level = deepstack[i : i + 1] if deepstack is not None and i < levels else None
+            own = None if entries is None else {name: parts[i] for name, parts in entries.items()}
+            layer = layer_type(self.config, self.run, name=f"layers_{i}")
+            (hidden, own), _ = layer((hidden, own), jnp.zeros((), jnp.int32), tokens, level, visual_index)
+            written.append(own)
+        if entries is None:
+            return hidden, None
+        return hidden, {name: tuple(own[name] for own in written) for name in entries}

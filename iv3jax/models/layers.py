@@ -29,12 +29,16 @@ class Execution:
         param_dtype: dtype in which new parameters are made.
         remat: a key of REMAT_POLICIES, applied to each decoder layer and vision block.
         patches_per_step: patches the vision tower works on at a time (at least one chunk).
+        scan_layers: whether the decoder's layers are one scanned stack, which compiles in seconds at any
+            depth, or stand alone, each with parameters and cache of its own. XLA copies a layer's slice
+            of a stack before it multiplies, on a CPU through memory, which halves the speed of decoding.
     """
 
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
     remat: str = "none"
     patches_per_step: int = 16384
+    scan_layers: bool = True
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:

@@ -96,8 +96,8 @@ def to_ours(values: dict[str, np.ndarray], config: ModelConfig) -> dict[str, Any
     parts: dict[tuple[str, ...], list[np.ndarray]] = {}
     stacked = {}
     for tensor in table(config):
-        parts.setdefault(tensor.entry.path, []).append(tensor.to_ours(values[tensor.name]))
-        stacked[tensor.entry.path] = tensor.index is not None
+        parts.setdefault(tensor.path, []).append(tensor.to_ours(values[tensor.name]))
+        stacked[tensor.path] = tensor.index is not None
     params: dict[str, Any] = {}
     for path, layers in parts.items():
         insert(params, path, jax.numpy.asarray(np.stack(layers) if stacked[path] else layers[0]))
@@ -108,7 +108,7 @@ def to_theirs(tree: Any, config: ModelConfig) -> dict[str, np.ndarray]:
     """Our nested dict, of parameters or of their gradients, under Hugging Face's names."""
     found = {}
     for tensor in table(config):
-        value = np.asarray(lookup(tree, tensor.entry.path))
+        value = np.asarray(lookup(tree, tensor.path))
         found[tensor.name] = tensor.to_theirs(value if tensor.index is None else value[tensor.index])
     return found
 
