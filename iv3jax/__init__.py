@@ -6,13 +6,18 @@ Names are looked up on first use, so that `import iv3jax.data` in a worker proce
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from iv3jax.checkpoint.export import export as export
     from iv3jax.checkpoint.load import load as load
     from iv3jax.generate.ask import ask as ask
 
 __version__ = "0.1.0"
-__all__ = ["ask", "load"]
+__all__ = ["ask", "export", "load"]
 
-_HOMES = {"load": "iv3jax.checkpoint.load", "ask": "iv3jax.generate.ask"}
+_HOMES = {
+    "ask": "iv3jax.generate.ask",
+    "export": "iv3jax.checkpoint.export",
+    "load": "iv3jax.checkpoint.load",
+}
 
 
 def __getattr__(name: str) -> Any:

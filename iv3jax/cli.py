@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", help="model folder or preset (default: the model that launch/demo.sh trained)"
     )
     sub.add_argument("--random-weights", action="store_true", help="allow a preset, with random weights")
+    sub.add_argument("--weights", help="int8 or nf4: store the linear layers so (default: as they are)")
     sub.add_argument("--fps", type=float, help="frames to sample per second (default: the model folder's)")
     sub.add_argument("--max-frames", type=int, help="most frames to sample (default: the model folder's)")
     sub.add_argument("--max-new-tokens", type=int, default=256)
@@ -59,6 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--top-k", type=int, default=0)
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("export", _export, "Write a model as a folder that transformers and iv3 load.")
+    sub.add_argument("checkpoint", help="model folder, or preset with --random-weights")
+    sub.add_argument("out_dir", help="a new or empty folder, local or on a store (gs://, s3://)")
+    sub.add_argument("--dtype", help="bfloat16, float16 or float32 (default: each tensor's own)")
+    sub.add_argument("--max-shard-size", default="5GB", help="most bytes of a file of weights (default 5GB)")
+    sub.add_argument("--verify", action="store_true", help="compare logits with torch, in fp32")
+    sub.add_argument("--random-weights", action="store_true", help="allow a preset, with random weights")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("parity", _parity, "Compare a model folder, or the processing, with golden outputs.")
@@ -70,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("shapes", _shapes, "Tensor names and shapes of a model, without making it.")
     sub.add_argument("model", help="preset or model folder")
+    sub.add_argument("--weights", help="count the bytes with the linear layers in int8 or nf4")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("train", _train, "Train a model.")
@@ -78,10 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the experiment to change")
 
     sub = command("bench", _bench, "Measure something, side by side with its control or peer.")
-    sub.add_argument("name", choices=["digits"])
+    sub.add_argument("name", choices=["digits", "generate", "weights", "export"])
     sub.add_argument("--model", help="model folder (default: the model that launch/demo.sh trained)")
-    sub.add_argument("--samples", type=int, default=500, help="held-out videos per row")
+    sub.add_argument("--samples", type=int, help="held-out videos per row (default: 500, weights 100)")
     sub.add_argument("--seed", type=int, default=1, help="which held-out videos (default 1)")
+    sub.add_argument("--layers", type=int, default=4, help="export: decoder layers (default 4)")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -96,7 +108,7 @@ def _ask(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_p, args.top_k)
     if args.random_weights and args.model in PRESETS and args.model != "tiny":
         raise UserError(f"{args.model}: this preset has no tokenizer, so it cannot be asked; tiny can")
-    model = _load(args.model, args.random_weights)
+    model = _load(args.model, args.random_weights, args.weights)
     answer = ask(
         model,
         args.video,
@@ -115,15 +127,25 @@ def _ask(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(name: str | None, random_weights: bool = False) -> "LoadedModel":
+def _load(name: str | None, random_weights: bool = False, weights: str | None = None) -> "LoadedModel":
     """The named model, or the demo's."""
-    from iv3jax.checkpoint.load import load
+    import jax
 
+    from iv3jax.checkpoint.load import load
+    from iv3jax.models.layers import Execution
+
+    # Scanned layers compile sooner, but on a CPU they decode at half the speed.
+    run = Execution(scan_layers=jax.default_backend() != "cpu")
+    return load(_source(name), run=run, random_weights=random_weights, weights=weights)
+
+
+def _source(name: str | None) -> str:
+    """The name, or the demo's folder."""
     if name is not None:
-        return load(name, random_weights=random_weights)
+        return name
     for root in (Path(), Path(__file__).parents[1]):
         if (root / DEMO_MODEL).is_dir():
-            return load(root / DEMO_MODEL)
+            return str(root / DEMO_MODEL)
     raise UserError(
         f"no --model was named and {DEMO_MODEL} is not there; run `bash launch/demo.sh`, which trains it, "
         "or name a model folder"
@@ -144,6 +166,36 @@ def _report(answer: "Answer") -> str:
     if not answer.stopped:
         lines.append("the answer was cut at --max-new-tokens")
     return "\n".join(lines)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from iv3jax.checkpoint.export import export, summary
+    from iv3jax.checkpoint.verify import TOLERANCE, require_torch, verify
+
+    if args.verify:
+        require_torch(args.out_dir)
+    done = export(
+        args.checkpoint,
+        args.out_dir,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        random_weights=args.random_weights,
+    )
+    if not args.json:
+        print(summary(done), flush=True)
+    rows = verify(args.out_dir) if args.verify else []
+    failed = not all(row.passed for row in rows)
+    if args.json:
+        compared = [dataclasses.asdict(row) | {"tolerance": TOLERANCE, "passed": row.passed} for row in rows]
+        print(json.dumps({**dataclasses.asdict(done), "verify": compared if args.verify else None}))
+        return int(failed)
+    for row in rows:
+        print(f"{'ok  ' if row.passed else 'FAIL'} {row.difference:9.2e}  {row.prompt}, {row.tokens} tokens")
+    if rows:
+        worst = max((row.difference for row in rows), key=lambda d: math.inf if d != d else d)
+        verdict = "FAILED" if failed else "verified"
+        print(f"{verdict} logits in fp32 against PyTorch: at most {worst:.2e} apart, {TOLERANCE:g} allowed")
+    return int(failed)
 
 
 def _parity(args: argparse.Namespace) -> int:
@@ -180,13 +232,15 @@ def _parity(args: argparse.Namespace) -> int:
 def _shapes(args: argparse.Namespace) -> int:
     from iv3jax.checkpoint.shapes import model_shapes
 
-    shapes = model_shapes(args.model)
+    shapes = model_shapes(args.model, args.weights)
     if args.json:
         print(json.dumps(dataclasses.asdict(shapes)))
         return 0
     for name, shape in shapes.tensors.items():
         print(f"{'×'.join(map(str, shape)):20} {name}")
     print(f"\n{len(shapes.tensors)} tensors, {shapes.parameters:,} parameters")
+    form = "bf16" if args.weights is None else f"{args.weights}, embeddings, norms and biases in bf16"
+    print(f"weights: {shapes.weight_bytes:,} bytes in {form}")
     print(f"cache: {shapes.cache_bytes_per_token:,} bytes per token in bf16")
     return 0
 
@@ -200,10 +254,24 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from iv3jax.bench.digits import bench_digits, format_table
+    from iv3jax.bench import digits, export, generate, weights
 
-    result = bench_digits(_load(args.model), args.samples, args.seed)
-    print(json.dumps(result) if args.json else format_table(result))
+    if args.name == "export":
+        result = export.bench_export(args.layers)
+        print(json.dumps(result) if args.json else export.format_table(result))
+        return int(not result["passed"])
+    if args.name == "generate":
+        result = generate.bench_generate()
+        print(json.dumps(result) if args.json else generate.format_table(result))
+        return 0
+    if args.name == "weights":
+        result = weights.bench_weights(
+            _source(args.model), 100 if args.samples is None else args.samples, args.seed
+        )
+        print(json.dumps(result) if args.json else weights.format_table(result))
+        return 0
+    result = digits.bench_digits(_load(args.model), 500 if args.samples is None else args.samples, args.seed)
+    print(json.dumps(result) if args.json else digits.format_table(result))
     return 0
 
 

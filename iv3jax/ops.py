@@ -5,16 +5,32 @@ recomputed in the backward pass, so that no T × S array of logits is ever whole
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from iv3jax.typing import Array
+from kernels_pallas.cached_attention import cached_attention
 from kernels_pallas.latent_attention.reference import latent_attention as _latent_attention
 from kernels_pallas.latent_decode.reference import latent_decode as _latent_decode
 from kernels_pallas.mask import AttentionMask, masked_softmax
 
-__all__ = ["AttentionMask", "attention", "latent_attention", "latent_decode"]
+__all__ = [
+    "AttentionMask",
+    "attention",
+    "attention_over_cache",
+    "latent_attention",
+    "latent_attention_over_cache",
+    "latent_decode",
+]
+
+FEW_QUERIES = 64
+"""Up to this many new tokens a row, attention over a cache looks at all slots at once, M²LA's absorbed.
+
+Absorbing costs r+e+r multiplications a query, key and head against n+e+v, expanding r·(n+v) a key and
+head: at the 8B's sizes they meet at 149 queries, and absorbing needs no expanded keys in memory.
+"""
 
 QUERY_BLOCK = 1024
 """Queries worked on at a time once there are more than this."""
@@ -52,8 +68,61 @@ def latent_attention(
     return _in_query_blocks(block, mask, q_nope, q_rope)
 
 
+def attention_over_cache(query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
+    """Grouped-query attention of new tokens over a cache, scaled by head_dim^-½.
+
+    Args:
+        query: (B, T, H, head_dim). key, value: (B, G, S, head_dim), H a multiple of G.
+
+    Returns:
+        (B, T, H, head_dim) in query's dtype; softmax in fp32. Rows that see nothing are 0.
+    """
+    rows, tokens, heads, dim = query.shape
+    groups, capacity = key.shape[1:3]
+    if tokens > FEW_QUERIES:
+
+        def block(start: Array, size: int) -> tuple[Array, Array]:
+            cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2)
+            return cut(key).astype(query.dtype), cut(value).astype(query.dtype)
+
+        return cached_attention(query, block, mask, capacity, dim, dim**-0.5)
+    grouped = query.reshape(rows, tokens, groups, -1, dim).swapaxes(1, 2).reshape(rows, groups, -1, dim)
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    logits = jnp.einsum("bgtk,bgsk->bgts", grouped, key, preferred_element_type=jnp.float32)
+    logits = logits.reshape(rows, groups, tokens, -1, capacity)
+    weights = masked_softmax(logits * dim**-0.5, mask.dense(capacity)[:, None, :, None])
+    weights = weights.astype(value.dtype).reshape(rows, groups, -1, capacity)
+    out = jnp.einsum("bgts,bgsk->bgtk", weights, value)
+    return out.reshape(rows, groups, tokens, -1, dim).swapaxes(1, 2).reshape(rows, tokens, heads, dim)
+
+
+def latent_attention_over_cache(
+    q_nope: Array, q_rope: Array, latent: Array, kernel: Array, mask: AttentionMask
+) -> Array:
+    """M²LA of many new tokens over a cache, each block of latents expanded when it is looked at.
+
+    Args:
+        q_nope: (B, T, H, n). q_rope: (B, T, H, e), rotated.
+        latent: (B, S, r+e), the cache of one layer: [c ‖ rotated k_rope].
+        kernel: (H, n+v, r), from a latent to each head's [k_nope ‖ value].
+
+    Returns:
+        (B, T, H, v) in q_nope's dtype; softmax in fp32. Rows that see nothing are 0.
+    """
+    n, (both, rank) = q_nope.shape[-1], kernel.shape[1:]
+
+    def block(start: Array, size: int) -> tuple[Array, Array]:
+        part = jax.lax.dynamic_slice_in_dim(latent, start, size, axis=1).astype(q_nope.dtype)
+        expanded = jnp.einsum("bsr,hkr->bhsk", part[..., :rank], kernel)
+        k_rope = jnp.broadcast_to(part[:, None, :, rank:], (*expanded.shape[:3], part.shape[-1] - rank))
+        return jnp.concatenate([expanded[..., :n], k_rope], axis=-1), expanded[..., n:]
+
+    query = jnp.concatenate([q_nope, q_rope], axis=-1)
+    return cached_attention(query, block, mask, latent.shape[1], both - n, query.shape[-1] ** -0.5)
+
+
 def latent_decode(q_latent: Array, q_rope: Array, latent: Array, mask: AttentionMask, scale: float) -> Array:
-    """Absorbed M²LA attention over a cache; shapes as in `kernels_pallas.latent_decode.reference`."""
+    """Absorbed M²LA attention of a few new tokens over a cache; shapes as in its reference."""
     return _latent_decode(q_latent, q_rope, latent, mask, scale)
 
 

@@ -26,7 +26,8 @@ ROWS = [
     ["ops", "sharding", "typing", "compiles"],
     ["kernels_pallas"],
 ]
-GROUPS = {name for row in ROWS for name in row} | {"errors", "configs"}
+EVERYONE_MAY = {"errors", "paths"}
+GROUPS = {name for row in ROWS for name in row} | EVERYONE_MAY | {"configs"}
 # Within a row, only these.
 BESIDE = {
     "bench": {"serve", "eval", "agent", "train", "mcr", "conversion", "generate"},
@@ -42,6 +43,7 @@ BESIDE = {
 # Groups narrower than their row: the only modules of the package that they may import, besides their own.
 ONLY = {
     "errors": set(),
+    "paths": set(),
     "kernels_pallas": set(),
     "data": {"iv3jax.models.config", "iv3jax.models.presets", "iv3jax.models.batch"},
 }
@@ -51,6 +53,7 @@ NOT_TORCH = {"torch", "torchvision", "transformers"}
 NEVER = {
     "data": NO_JAX,
     "errors": NO_JAX,
+    "paths": NO_JAX,
     "iv3jax.models.config": NO_JAX,
     "iv3jax.models.presets": NO_JAX,
     "iv3jax.models.batch": NO_JAX,
@@ -103,10 +106,10 @@ def is_within(name: str, modules: set[str]) -> bool:
 
 
 def allowed_groups(group: str) -> set[str]:
-    """Which groups a group may import from, its own and errors included."""
+    """Which groups a group may import from, its own, errors and paths included."""
     row = next((i for i, names in enumerate(ROWS) if group in names), len(ROWS))
     below = {name for names in ROWS[row + 1 :] for name in names}
-    return below | BESIDE.get(group, set()) | {group, "errors"}
+    return below | BESIDE.get(group, set()) | {group} | EVERYONE_MAY
 
 
 def violation(module: str, name: str) -> str | None:
@@ -126,7 +129,7 @@ def violation(module: str, name: str) -> str | None:
     if not ours or target == group:
         return None
     if group in ONLY:
-        allowed = is_within(name, ONLY[group]) or (target == "errors" and group != KERNELS)
+        allowed = is_within(name, ONLY[group]) or (target in EVERYONE_MAY and group != KERNELS)
         return None if allowed else f"{group} may import only {sorted(ONLY[group]) or 'nothing of ours'}"
     return None if target in allowed_groups(group) else f"{group} may not import {target}"
 
@@ -189,6 +192,9 @@ def test_files_are_short() -> None:
         ("iv3jax.train.loop", "from jax.experimental.pjit import pjit"),
         ("iv3jax.typing", "from iv3jax.ops import attend"),
         ("iv3jax.errors", "from iv3jax.models import config"),
+        ("iv3jax.paths", "import jax"),
+        ("iv3jax.paths", "from iv3jax.data import video"),
+        ("kernels_pallas.latent_decode.ops", "from iv3jax.paths import make_path"),
         ("kernels_pallas.latent_decode.ops", "from iv3jax.errors import UserError"),
         ("configs.sft", "from iv3jax.train import loop"),
         ("configs.sft", "import jax"),
@@ -208,6 +214,8 @@ def test_a_planted_violation_is_caught(module: str, source: str) -> None:
         ("iv3jax.checkpoint.load", "from iv3jax.data import synthetic"),
         ("iv3jax.models.decoder", "import jax\nfrom iv3jax import ops\nfrom . import layers"),
         ("iv3jax.ops", "import kernels_pallas.latent_decode.ops\nfrom iv3jax.errors import UserError"),
+        ("iv3jax.paths", "import fsspec\nfrom iv3jax.errors import UserError"),
+        ("iv3jax.data.image", "from iv3jax.paths import make_path"),
         ("iv3jax.data.chat", "from iv3jax.models.config import ModelConfig\nimport numpy"),
         ("kernels_pallas.latent_decode.ops", "from kernels_pallas.latent_decode import tpu\nimport jax"),
         ("configs.sft", "import ml_collections\nfrom iv3jax.train.config import TrainConfig"),
@@ -222,7 +230,9 @@ def test_data_workers_do_without_jax() -> None:
 
     grain imports jax by itself where it can, and does without where it cannot.
     """
-    without_jax = [m for m in map(module_name, FILES) if group_of(m) == "data" or NEVER.get(m) is NO_JAX]
+    without_jax = [
+        m for m in map(module_name, FILES) if group_of(m) in ("data", "paths") or NEVER.get(m) is NO_JAX
+    ]
     assert "iv3jax.models.batch" in without_jax
     script = "import sys, importlib\nsys.modules['jax'] = sys.modules['jaxlib'] = None\n" + "".join(
         f"importlib.import_module({name!r})\n" for name in without_jax

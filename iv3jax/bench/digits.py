@@ -7,7 +7,7 @@ had without looking (chance, or the best fixed interval) and with perfect eyes (
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from iv3jax.data.digits import (
 )
 from iv3jax.data.sample import Sample
 from iv3jax.generate.generate import generate
+from iv3jax.models.batch import Batch
 
 SECONDS = (10.0, 16.0)
 """Shortest and longest video, as in training."""
@@ -89,20 +90,20 @@ def bench_digits(model: LoadedModel, videos: int, seed: int = 1) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         for number, case in enumerate(CASES):
             count = -(-videos // FILES_SHARE) if case.files else videos
-            made = [_make(case, [seed, number, i]) for i in range(count)]
+            made = [make_case(case, [seed, number, i]) for i in range(count)]
             if case.files:
-                texts = _answers(model, _from_files(made, Path(folder), [seed, number]))
+                texts = answers(model, _from_files(made, Path(folder), [seed, number]))
                 control = None
             else:
-                texts = _answers(model, (conversation(v, [q], answered=False) for v, q in made))
-                zeroed = [_make(case, [seed, number, i], zeroed=True) for i in range(count)]
-                blind_texts = _answers(model, (conversation(v, [q], answered=False) for v, q in zeroed))
-                control = float(np.mean(_scores(zeroed, blind_texts)))
-            rows.append(_result(case, made, _scores(made, texts), control))
+                texts = answers(model, (conversation(v, [q], answered=False) for v, q in made))
+                zeroed = [make_case(case, [seed, number, i], zeroed=True) for i in range(count)]
+                blind_texts = answers(model, (conversation(v, [q], answered=False) for v, q in zeroed))
+                control = float(np.mean(scores(zeroed, blind_texts)))
+            rows.append(_result(case, made, scores(made, texts), control))
     return {"seed": seed, "rows": [asdict(row) for row in rows]}
 
 
-def _make(case: Case, seed: list[int], zeroed: bool = False) -> tuple[DigitVideo, Question]:
+def make_case(case: Case, seed: list[int], zeroed: bool = False) -> tuple[DigitVideo, Question]:
     """A held-out video and question; the control differs in its pixels only."""
     rng = np.random.default_rng(seed)
     duration = float(rng.uniform(*SECONDS))
@@ -122,27 +123,33 @@ def _from_files(
         yield [{"role": "user", "content": content}]
 
 
-def _answers(model: LoadedModel, conversations: Iterator[list[dict]]) -> list[str]:
+def answers(model: LoadedModel, conversations: Iterable[list[dict]]) -> list[str]:
     """Greedy answers, in batches of one shape."""
     samples = [model.processor(turns, generation=True) for turns in conversations]
-    length = round_up_bucket(max(map(len, samples)), 64)
-    chunks = round_up_bucket(max(_patches(sample) for sample in samples))
     texts: list[str] = []
-    for start in range(0, len(samples), BATCH):
-        part = samples[start : start + BATCH]
-        full = part + [part[-1]] * (min(BATCH, len(samples)) - len(part))
-        batch = collate([[s] for s in full], model.config, length=length, chunks=chunks, chunk_patches=4)
+    for batch, count in batches(model, samples):
         stop_ids = model.processor.tokenizer.stop_ids
         result = generate(model.model, model.params, batch, max_new_tokens=20, stop_ids=stop_ids)
-        texts += [model.processor.tokenizer.decode(tokens) for tokens in result.tokens[: len(part)]]
+        texts += [model.processor.tokenizer.decode(tokens) for tokens in result.tokens[:count]]
     return texts
+
+
+def batches(model: LoadedModel, samples: Sequence[Sample]) -> Iterator[tuple[Batch, int]]:
+    """One sample a row, in batches of one shape, each with how many of its rows count."""
+    length = round_up_bucket(max(map(len, samples)), 64)
+    chunks = round_up_bucket(max(_patches(sample) for sample in samples))
+    for start in range(0, len(samples), BATCH):
+        part = list(samples[start : start + BATCH])
+        full = part + [part[-1]] * (min(BATCH, len(samples)) - len(part))
+        batch = collate([[s] for s in full], model.config, length=length, chunks=chunks, chunk_patches=4)
+        yield batch, len(part)
 
 
 def _patches(sample: Sample) -> int:
     return sum(t for t, _, _ in sample.grids)
 
 
-def _scores(made: list[tuple[DigitVideo, Question]], texts: list[str]) -> np.ndarray:
+def scores(made: list[tuple[DigitVideo, Question]], texts: list[str]) -> np.ndarray:
     """1 or 0 for exact answers, the IoU with the true interval for "when"."""
     return np.array([score(question, text) for (_, question), text in zip(made, texts, strict=True)])
 

@@ -4,40 +4,48 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from iv3jax.checkpoint.dtypes import DTYPES
 from iv3jax.checkpoint.names import Tensor
 from iv3jax.errors import UserError
+from iv3jax.paths import AnyPath, StorePath
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+_FIRST_READ = 1 << 18
+"""Bytes of a file on a store that are read at once, in the hope that they hold the header."""
+
+_LONGEST_HEADER = 100_000_008
+"""safetensors' own limit, with the eight bytes of its length."""
+
 
 class _Header(NamedTuple):
-    """Where a tensor lies and what it is."""
+    """Where a tensor lies and what it is; on a store also its first byte and the one after its last."""
 
-    path: Path
+    path: AnyPath
     shape: tuple[int, ...]
     dtype: str
+    start: int = 0
+    stop: int = 0
 
 
 class TensorFiles:
-    """The safetensors files of one folder, read tensor by tensor."""
+    """The safetensors files of one folder, local or on a store, read tensor by tensor."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: AnyPath) -> None:
         self.folder = folder
         self._headers: dict[str, _Header] = {}
         for path, names in _layout(folder).items():
-            with _open(path) as file:
-                held = file.keys()
-                if names is not None and (lost := sorted(set(names) - set(held))):
-                    raise UserError(f"{path}: does not hold {collapse(lost)}, though {INDEX} says so")
-                for name in held if names is None else names:
-                    part = file.get_slice(name)
-                    self._headers[name] = _Header(path, tuple(part.get_shape()), part.get_dtype())
+            held = _headers(path)
+            if names is not None and (lost := sorted(set(names) - set(held))):
+                raise UserError(f"{path}: does not hold {collapse(lost)}, though {INDEX} says so")
+            self._headers |= {name: held[name] for name in (held if names is None else names)}
 
     @property
     def names(self) -> list[str]:
@@ -54,8 +62,12 @@ class TensorFiles:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in host memory."""
+        path, shape, dtype, start, stop = self._headers[name]
+        if isinstance(path, StorePath):
+            # The loader takes these dtypes and no others, and says so from the headers.
+            return np.frombuffer(path.read_range(start, stop), DTYPES[dtype]).reshape(shape)
         # Opened anew each time: a mapping that stays open keeps all that was ever read through it.
-        with _open(self._headers[name].path) as file:
+        with _open(path) as file:
             return file.get_tensor(name)
 
 
@@ -68,7 +80,50 @@ def _open(path: Path) -> safe_open:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def _layout(folder: Path) -> dict[Path, list[str] | None]:
+def _headers(path: AnyPath) -> dict[str, _Header]:
+    """What a file holds."""
+    if isinstance(path, Path):
+        return {name: _Header(path, *kind) for name, kind in _kinds(path).items()}
+    header, size = _read_header(path)
+    # A local file of the same header and size, with a hole for the numbers: the library checks both alike,
+    # that the header is valid, that its tensors fit and that they fill the file.
+    with NamedTemporaryFile(prefix="iv3-header-") as file:
+        file.write(header)
+        file.truncate(size)
+        try:
+            kinds = _kinds(Path(file.name))
+        except UserError as error:
+            raise UserError(str(error).replace(file.name, str(path))) from None
+    places = {name: value["data_offsets"] for name, value in json.loads(header[8:]).items() if name in kinds}
+    begin = len(header)
+    return {
+        name: _Header(path, *kind, begin + places[name][0], begin + places[name][1])
+        for name, kind in kinds.items()
+    }
+
+
+def _kinds(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of all tensors of a local file."""
+    with _open(path) as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+
+
+def _read_header(path: StorePath) -> tuple[bytes, int]:
+    """The first bytes of a file up to the numbers, or all there are, and the file's size."""
+    try:
+        size = path.size()
+        data = path.read_range(0, min(size, _FIRST_READ))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, though {INDEX} names it") from None
+    end = min(8 + int.from_bytes(data[:8], "little"), size)
+    # A header too long for the library is refused from its length alone.
+    if len(data) < end <= _LONGEST_HEADER:
+        data += path.read_range(len(data), end)
+    return bytes(data[:end]), size
+
+
+def _layout(folder: AnyPath) -> dict[AnyPath, list[str] | None]:
     """File → the tensors the index puts in it (None: all it holds)."""
     index = folder / INDEX
     if not index.exists():
@@ -77,7 +132,7 @@ def _layout(folder: Path) -> dict[Path, list[str] | None]:
         return {folder / SINGLE: None}
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        layout: dict[Path, list[str] | None] = {}
+        layout: dict[AnyPath, list[str] | None] = {}
         for name, file in weight_map.items():
             names = layout.setdefault(folder / file, [])
             assert names is not None

@@ -1,15 +1,19 @@
 """`iv3jax.load`: a model folder or a preset → a model ready to use."""
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from iv3jax.checkpoint.dtypes import DTYPES, KEPT, bits_of, cast, common, torch_name
 from iv3jax.checkpoint.files import TensorFiles, check
+from iv3jax.checkpoint.hub import model_folder
+from iv3jax.checkpoint.names import Path as TreePath
 from iv3jax.checkpoint.names import Tensor, insert, lookup, tensors
 from iv3jax.data.processor import Processor
 from iv3jax.data.tokenizer import TINY_FOLDER
@@ -17,14 +21,14 @@ from iv3jax.errors import UserError
 from iv3jax.models.config import ModelConfig
 from iv3jax.models.internvideo3 import InternVideo3, boxed_params, init_params
 from iv3jax.models.layers import Execution
-from iv3jax.models.presets import PRESETS, preset
+from iv3jax.models.presets import preset
+from iv3jax.models.quantized import NotFiniteError, quantize
+from iv3jax.paths import AnyPath, PathArgument
 from iv3jax.sharding import make_mesh, param_shardings
 from iv3jax.typing import DType, Params
 
 Bounds = tuple[tuple[int, int], ...]
 """A device's part of an array: (start, stop) of each axis."""
-
-_DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16, "F64": jnp.float64}
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,15 @@ class LoadedModel:
         params: nested dicts of sharded arrays.
         folder: where config, tokenizer and processor files lie; None for a preset without any.
         mesh: the mesh the parameters live on.
+        file_dtypes: the dtype in the file, in safetensors' words, of each tensor that was widened because
+            its parameter stacks tensors of several dtypes; an export writes it as it was.
     """
 
     model: InternVideo3
     params: Params
-    folder: Path | None
+    folder: AnyPath | None
     mesh: Mesh
+    file_dtypes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> ModelConfig:
@@ -57,12 +64,13 @@ class LoadedModel:
 
 
 def load(
-    source: str | Path,
+    source: PathArgument,
     *,
     dtype: DType | None = None,
     mesh: Mesh | None = None,
     run: Execution | None = None,
     random_weights: bool = False,
+    weights: str | None = None,
 ) -> LoadedModel:
     """Loads a Hugging Face model folder, or makes a preset with random weights.
 
@@ -70,24 +78,28 @@ def load(
     one stacked parameter beside them. (Every host of a pod reads each tensor once and keeps its own part.)
 
     Args:
-        source: a folder with config.json and safetensors, or a preset's name.
-        dtype: dtype of the parameters and of computing; None takes the checkpoint's.
+        source: a folder with config.json and safetensors, local or on a store (gs://, s3://); a preset's
+            name; or an id of the Hugging Face hub, `org/name[@revision]`, which is downloaded.
+        dtype: dtype of the parameters and of computing. None keeps each tensor's own, widened to fp32
+            where one stacked parameter holds several, and computes in the dtype of most bytes.
         mesh: where to put the parameters; None puts them on the first device.
         run: how to compute (remat, tower steps, scanned layers); its dtypes are overridden by `dtype`.
         random_weights: allows a preset, which has no weights, to be made with random ones.
+        weights: int8 or nf4 stores the kernels of all linear layers so (models/quantized.py), each tensor
+            quantised on the host as it is read. Such a model (`model.run.weights`) cannot be saved.
 
     Raises:
-        UserError: no such folder or preset, a preset without `random_weights`, a broken file, or tensors
-            that do not fit the config, all of them named.
+        UserError: no such folder, preset or model of the hub, a store or hub that cannot be reached, a
+            preset without `random_weights`, a broken file, tensors that do not fit the config, all of them
+            named, a dtype that no parameter can have, or a head of its own in a checkpoint whose config
+            ties it to the embeddings; `weights` that are unknown, or tensors to be quantised that are not
+            finite.
     """
     mesh = make_mesh(jax.devices()[:1]) if mesh is None else mesh
     run = Execution() if run is None else run
-    folder = Path(source)
-    if not folder.is_dir():
-        if str(source) not in PRESETS:
-            if folder.exists():
-                raise UserError(f"{source}: a file; a model is a folder with config.json and safetensors")
-            raise UserError(f"{source}: neither a folder nor a preset ({', '.join(PRESETS)})")
+    run = run if weights is None else replace(run, weights=weights)
+    folder = model_folder(source)
+    if folder is None:
         if not random_weights:
             raise UserError(
                 f"{source}: a preset is a shape without weights; name a model folder, or ask for "
@@ -106,19 +118,69 @@ def load(
     if config.text_config.tie_word_embeddings:
         ignored.append(r"lm_head\.weight")
     check(files, expected, ignored)
-    if dtype is None:
-        dtype = _DTYPES.get(files.dtype(expected[0].name))
-        if dtype is None:
-            raise UserError(
-                f"{folder}: {expected[0].name} has dtype {files.dtype(expected[0].name)}; "
-                f"supported are {', '.join(_DTYPES)}"
-            )
-    model = InternVideo3(config, replace(run, dtype=dtype, param_dtype=dtype))
-    return LoadedModel(model, _stream(files, expected, model, mesh), folder, mesh)
+    file_dtypes = _check_dtypes(files, expected, dtype)
+    if config.text_config.tie_word_embeddings and "lm_head.weight" in files.names:
+        _check_tie(files, expected)
+    compute = _of_most_bytes(files, expected) if dtype is None else dtype
+    model = InternVideo3(config, replace(run, dtype=compute, param_dtype=compute))
+    params = _stream(files, expected, model, mesh, keep=dtype is None)
+    return LoadedModel(model, params, folder, mesh, file_dtypes)
 
 
-def _stream(files: TensorFiles, expected: list[Tensor], model: InternVideo3, mesh: Mesh) -> Params:
-    """Fills our parameters one after the other, each from its tensors in order."""
+def _check_dtypes(files: TensorFiles, expected: Sequence[Tensor], dtype: DType | None) -> dict[str, str]:
+    """Refuses what no parameter can hold; returns the tensors to be widened, with their own dtypes."""
+    allowed = KEPT if dtype is None else tuple(DTYPES)
+    if wrong := [tensor.name for tensor in expected if files.dtype(tensor.name) not in allowed]:
+        kind = files.dtype(wrong[0])
+        more = f" ({len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
+        # Integers and narrower floats are codes whose scales lie elsewhere.
+        advice = "; name a dtype to round them to" if kind == "F64" else ""
+        raise UserError(
+            f"{files.folder}: {wrong[0]} has dtype {kind}; supported are {', '.join(allowed)}{more}{advice}"
+        )
+    if dtype is not None:
+        return {}
+    own = {tensor.name: files.dtype(tensor.name) for tensor in expected}
+    wide = _common_dtypes(files, expected)
+    return {t.name: own[t.name] for t in expected if own[t.name] != wide[t.path]}
+
+
+def _common_dtypes(files: TensorFiles, expected: Sequence[Tensor]) -> dict[TreePath, str]:
+    """Parameter → the dtype that holds all its tensors."""
+    found: dict[TreePath, list[str]] = {}
+    for tensor in expected:
+        found.setdefault(tensor.path, []).append(files.dtype(tensor.name))
+    return {path: common(names) for path, names in found.items()}
+
+
+def _of_most_bytes(files: TensorFiles, expected: Sequence[Tensor]) -> DType:
+    """The dtype in which most of a checkpoint is written."""
+    count: dict[str, int] = {}
+    for tensor in expected:
+        name = files.dtype(tensor.name)
+        count[name] = count.get(name, 0) + math.prod(tensor.shape) * DTYPES[name].itemsize
+    return getattr(jnp, torch_name(max(count, key=lambda name: count[name])))
+
+
+def _check_tie(files: TensorFiles, expected: Sequence[Tensor]) -> None:
+    """A tied checkpoint may repeat its embeddings as a head; a head of its own would be lost silently."""
+    name = next(tensor.name for tensor in expected if tensor.path == ("embed_tokens", "embedding"))
+    head, embedding = files.read("lm_head.weight"), files.read(name)
+    if head.dtype != embedding.dtype or not np.array_equal(bits_of(head), bits_of(embedding)):
+        raise UserError(
+            f"{files.folder}: lm_head.weight differs from {name}, though config.json says "
+            "tie_word_embeddings; set it to false to use the head"
+        )
+
+
+def _stream(
+    files: TensorFiles, expected: list[Tensor], model: InternVideo3, mesh: Mesh, keep: bool
+) -> Params:
+    """Fills our parameters one after the other, each from its tensors in order.
+
+    `keep` keeps the dtypes of the files; else all become the model's.
+    """
+    kept = _common_dtypes(files, expected)
     boxed = boxed_params(model)
     shardings = param_shardings(boxed, mesh)
     by_path: dict[tuple[str, ...], list[Tensor]] = {}
@@ -126,33 +188,68 @@ def _stream(files: TensorFiles, expected: list[Tensor], model: InternVideo3, mes
         by_path.setdefault(tensor.path, []).append(tensor)
     params: dict = {}
     for path, parts in by_path.items():
-        shape, sharding = lookup(boxed, path).value.shape, lookup(shardings, path)
-        dtype = model.run.param_dtype
-        shards = {
-            _key(index, shape): np.empty(_size(index, shape), dtype)
-            for index in sharding.addressable_devices_indices_map(shape).values()
-        }
+        dtype = DTYPES[kept[path]] if keep else jnp.dtype(model.run.param_dtype)
+        quantised = model.run.weights is not None and path[-1] == "kernel"
+        leaves = [(*path[:-1], name) for name in ("kernel_codes", "kernel_scale")] if quantised else [path]
+        places = []
+        for leaf in leaves:
+            abstract = lookup(boxed, leaf).value
+            own = abstract.dtype if quantised else dtype
+            places.append(_Place(abstract.shape, own, lookup(shardings, leaf)))
         for tensor in parts:
-            value = tensor.to_ours(files.read(tensor.name))
-            for (first, *rest), shard in shards.items():
-                inner = tuple(slice(*bounds) for bounds in rest)
-                if tensor.index is None:
-                    shard[...] = value[(slice(*first), *inner)]
-                elif first[0] <= tensor.index < first[1]:
-                    shard[tensor.index - first[0]] = value[inner]
-        # Waited for: a copy to the device still under way would keep its host memory beside the next one's.
-        insert(params, path, jax.block_until_ready(_assemble(shape, sharding, shards)))
+            try:
+                value = files.read(tensor.name)
+                if quantised:
+                    values = _quantised(tensor, value, places[-1], model.run)
+                else:
+                    values = (tensor.to_ours(cast(value, dtype)),)
+            except (OverflowError, NotFiniteError) as error:
+                raise UserError(f"{files.folder}: {tensor.name}: {error}") from None
+            for place, part in zip(places, values, strict=True):
+                place.put(tensor.index, part)
+        for leaf, place in zip(leaves, places, strict=True):
+            # Waited for: a copy still under way would keep its host memory beside the next one's.
+            insert(params, leaf, jax.block_until_ready(place.array()))
     return params
 
 
-def _assemble(shape: tuple[int, ...], sharding: NamedSharding, shards: dict[Bounds, np.ndarray]) -> jax.Array:
-    """One array from its parts in host memory."""
+def _quantised(tensor: Tensor, value: np.ndarray, scale: "_Place", run: Execution) -> tuple[np.ndarray, ...]:
+    """Codes and scales of one tensor, from the numbers in the file."""
+    assert run.weights is not None
+    ours = tensor.to_ours(value)
+    outputs = len(scale.shape) - (1 if tensor.index is None else 2)
+    if tensor.path[-2] == "kv_b_proj":  # its output axes come first
+        ours = np.moveaxis(ours, range(outputs), range(-outputs, 0))
+    return quantize(ours, ours.ndim - outputs, run.weights)
 
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None  # only for shardings that are not fully described by their mesh
-        return shards[_key(index, shape)]
 
-    return jax.make_array_from_callback(shape, sharding, part)
+class _Place:
+    """One array to be, its parts for this host's devices in host memory."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> None:
+        self.shape, self._sharding = shape, sharding
+        self._shards: dict[Bounds, np.ndarray] = {}
+        for index in sharding.addressable_devices_indices_map(shape).values():
+            assert index is not None  # only for shardings that are not fully described by their mesh
+            self._shards.setdefault(_key(index, shape), np.empty(_size(index, shape), dtype))
+
+    def put(self, layer: int | None, value: np.ndarray) -> None:
+        """Fills the whole, or one layer of a stack."""
+        for (first, *rest), shard in self._shards.items():
+            inner = tuple(slice(*bounds) for bounds in rest)
+            if layer is None:
+                shard[...] = value[(slice(*first), *inner)]
+            elif first[0] <= layer < first[1]:
+                shard[layer - first[0]] = value[inner]
+
+    def array(self) -> jax.Array:
+        """The array on its devices."""
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            return self._shards[_key(index, self.shape)]
+
+        return jax.make_array_from_callback(self.shape, self._sharding, part)
 
 
 def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:

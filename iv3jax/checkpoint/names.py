@@ -109,7 +109,7 @@ def entries(config: ModelConfig) -> list[Entry]:
             layer("self_attn/k_norm/scale", "self_attn.k_norm.weight", "k -> k")
     else:
         attention("kv_a_proj_with_mqa", "w d -> d w", "w -> w" if has_bias else None)
-        attention("kv_b_proj", "(h k) r -> r h k", None)
+        attention("kv_b_proj", "(h k) r -> h k r", None)
     attention("o_proj", "d (h k) -> h k d", "d -> d" if text.attention_output_bias else None)
     vision = config.vision_config
     return table if vision is None else table + _vision_entries(len(vision.deepstack_visual_indexes))

@@ -1,5 +1,6 @@
 """Opening a video file with PyAV: what is no video, or not all of one, is refused in one clear line."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from av.video.stream import VideoStream
 
 from iv3jax.data.image import is_picture
 from iv3jax.errors import UserError
+from iv3jax.paths import AnyPath
 
 REENCODE = "re-encode it with `ffmpeg -i IN OUT.mp4`"
 """The way out for files that are damaged or odd."""
@@ -21,7 +23,7 @@ REENCODE = "re-encode it with `ffmpeg -i IN OUT.mp4`"
 _THREADS = 2
 
 
-def check_file(path: Path) -> None:
+def check_file(path: AnyPath) -> None:
     """Refuses what is no file, or is a picture."""
     try:
         with path.open("rb") as file:
@@ -38,11 +40,12 @@ def check_file(path: Path) -> None:
 
 
 @contextmanager
-def open_video(path: Path, missing: int) -> Iterator[VideoStream]:
+def open_video(path: AnyPath, missing: int) -> Iterator[VideoStream]:
     """The video stream of a file, closed afterwards; `missing` bytes explain why it may not open."""
+    # The prefix keeps a colon in a file name from being read as a protocol.
+    file = f"file:{path}" if isinstance(path, Path) else path.open("rb")
     try:
-        # The prefix keeps a colon in a file name from being read as a protocol.
-        container = av.open(f"file:{path}", "r")
+        container = av.open(file, "r")
     except FFmpegError:
         with path.open("rb") as file:
             unfinished = missing or _is_mp4(file.read(8))
@@ -74,10 +77,12 @@ def demux(stream: VideoStream) -> Iterator[Packet]:
     return (packet for packet in container.demux(stream) if packet.size)
 
 
-def missing_bytes(path: Path) -> int:
+def missing_bytes(path: AnyPath) -> int:
     """How many bytes the container's own headers (AVI, Matroska, MP4) promise beyond the end."""
-    size, end = path.stat().st_size, 0
+    end = 0
     with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         head = file.read(4096)
         segment = head.find(b"\x18\x53\x80\x67") + 4
         if head[:4] == b"RIFF" and head[4:8] != b"\xff\xff\xff\xff":

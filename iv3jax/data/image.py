@@ -1,26 +1,25 @@
 """A picture file read, turned upright, made RGB and resized. Videos are in video.py."""
 
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from iv3jax.data.sizes import image_size
 from iv3jax.errors import UserError
+from iv3jax.paths import AnyPath, PathArgument, make_path
 
 # Pillow also opens MPEG, and takes other videos for Targa.
 _PICTURES = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000")
 
 
-def read_image(path: str | Path, *, min_pixels: int, max_pixels: int) -> npt.NDArray[np.uint8]:
+def read_image(path: PathArgument, *, min_pixels: int, max_pixels: int) -> npt.NDArray[np.uint8]:
     """Reads one picture (of an animation, the first).
 
     EXIF orientation is applied. Palettes, greys and CMYK become RGB; transparency is dropped as
     Pillow's `convert("RGB")` does it, which is also what the released processor does.
 
     Args:
-        path: any picture Pillow reads.
+        path: any picture Pillow reads, local or on a store.
         min_pixels, max_pixels: budget for height · width of the result (`sizes.image_size`).
 
     Returns:
@@ -30,9 +29,9 @@ def read_image(path: str | Path, *, min_pixels: int, max_pixels: int) -> npt.NDA
         UserError: no such file, a folder, no picture, damaged, too large to open safely, or an
             aspect ratio above 200. The text names the file.
     """
-    path = Path(path)
+    path = make_path(path)
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             image.load()
             picture = to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
@@ -57,10 +56,10 @@ def read_image(path: str | Path, *, min_pixels: int, max_pixels: int) -> npt.NDA
     return resize(picture, height, width)
 
 
-def is_picture(path: Path) -> bool:
+def is_picture(path: AnyPath) -> bool:
     """Whether a file is a still picture; animated GIF and PNG count as videos."""
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             moves = image.format in ("GIF", "PNG") and getattr(image, "is_animated", False)
             return image.format in _PICTURES and not moves
     # What Pillow cannot open is no picture.

@@ -23,9 +23,13 @@ from iv3jax.data.video import read_video
 from iv3jax.errors import UserError
 from iv3jax.models.batch import IGNORE_LABEL
 from iv3jax.models.config import ModelConfig, VisionConfig
+from iv3jax.paths import AnyPath, PathArgument, make_path
 
 IMAGE_FILE = "preprocessor_config.json"
 VIDEO_FILE = "video_preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"
+NESTED = {IMAGE_FILE: "image_processor", VIDEO_FILE: "video_processor"}
+"""The keys of processor_config.json under which transformers 5 writes what older ones put into two files."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,18 @@ class Processor:
     add_vision_id: bool = False
 
     @staticmethod
-    def from_dir(folder: str | Path, config: ModelConfig) -> "Processor":
+    def from_dir(folder: PathArgument, config: ModelConfig) -> "Processor":
         """Reads the tokenizer and the two preprocessor files of a model folder.
 
-        A missing file, or a missing key in it, means the default. The patch sizes of the two files are
-        not read: the model's shapes follow config.json, and released files contradict it there.
+        What transformers 5 writes into processor_config.json instead wins, as there. A missing file, or a
+        missing key in it, means the default. The patch sizes of the two files are not read: the model's
+        shapes follow config.json, and released files contradict it there.
 
         Raises:
             UserError: see `Tokenizer.from_dir`; or a file is not valid JSON, or a value in it is wrong.
         """
-        folder = Path(folder)
-        image, video = _File(folder / IMAGE_FILE), _File(folder / VIDEO_FILE)
+        folder = make_path(folder)
+        image, video = _File(folder, IMAGE_FILE), _File(folder, VIDEO_FILE)
         return Processor(
             Tokenizer.from_dir(folder, config),
             config,
@@ -74,36 +79,41 @@ class Processor:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and the two preprocessor files as transformers names their fields.
+        """Writes `files` into a folder."""
+        for name, content in self.files().items():
+            (Path(folder) / name).write_bytes(content)
+
+    def files(self, source: PathArgument | None = None) -> dict[str, bytes]:
+        """tokenizer.json and, for a model with a tower, the two preprocessor files, as transformers has them.
 
         `from_dir` reads back all of this processor but `add_vision_id`, for which those files have no field.
+
+        Args:
+            source: a model folder; what its preprocessor files say beside our fields is kept.
+
+        Returns:
+            File name → content. Sizes are always there: transformers' defaults change with its versions.
+
+        Raises:
+            UserError: a preprocessor file of `source` that is no JSON object.
         """
-        folder = Path(folder)
-        (folder / "tokenizer.json").write_text(self.tokenizer.to_json(), encoding="utf-8")
+        found = {"tokenizer.json": self.tokenizer.to_json().encode()}
         vision = self.config.vision_config
         if vision is None:
-            return
+            return found
         common = {
-            "processor_class": "Qwen3VLProcessor",
             "patch_size": vision.patch_size,
             "temporal_patch_size": vision.temporal_patch_size,
             "merge_size": vision.spatial_merge_size,
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
         }
-        image = common | {
-            "image_processor_type": "Qwen2VLImageProcessorFast",
-            "size": _size(self.image_pixels),
-        }
-        video = common | {
-            "video_processor_type": "Qwen3VLVideoProcessor",
-            "size": _size(self.video_pixels),
-            "fps": self.fps,
-            "min_frames": self.min_frames,
-            "max_frames": self.max_frames,
-        }
+        sampling = {"fps": self.fps, "min_frames": self.min_frames, "max_frames": self.max_frames}
+        image = _merged(source, IMAGE_FILE, _IMAGE_CLASSES, common, self.image_pixels)
+        video = _merged(source, VIDEO_FILE, _VIDEO_CLASSES, common | sampling, self.video_pixels)
         for name, data in ((IMAGE_FILE, image), (VIDEO_FILE, video)):
-            (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            found[name] = (json.dumps(data, indent=2) + "\n").encode()
+        return found
 
     def __call__(self, messages: Sequence[Message], *, generation: bool = False) -> Sample:
         """Reads the media of the messages and writes them out as one Sample.
@@ -206,19 +216,21 @@ class _Loaded:
 
 
 class _File:
-    """One preprocessor file; without it every read gives the default."""
+    """A preprocessor file, or its part of processor_config.json; without them, defaults."""
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._data: dict[str, Any] = {}
-        if not path.exists():
-            return
-        try:
-            self._data = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(self._data, dict):
-            raise UserError(f"{path}: holds no JSON object")
+    def __init__(self, folder: AnyPath, name: str):
+        self._path, nested = folder / PROCESSOR_FILE, read_object(folder / PROCESSOR_FILE).get(NESTED[name])
+        if nested is None:
+            self._path = folder / name
+            nested = read_object(self._path)
+        elif not isinstance(nested, dict):
+            raise UserError(f"{self._path}: {NESTED[name]} is {nested!r}, not an object")
+        self._data: dict[str, Any] = nested
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All of it; empty without a file."""
+        return self._data
 
     def number(self, key: str, default: float) -> float:
         return self._positive(key, self._data.get(key), default)
@@ -244,8 +256,43 @@ class _File:
         return value
 
 
-def _size(pixels: tuple[int, int]) -> dict[str, int]:
-    return {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
+def read_object(path: AnyPath) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return data
+
+
+_IMAGE_CLASSES = {"processor_class": "Qwen3VLProcessor", "image_processor_type": "Qwen2VLImageProcessorFast"}
+_VIDEO_CLASSES = {"processor_class": "Qwen3VLProcessor", "video_processor_type": "Qwen3VLVideoProcessor"}
+
+
+def _merged(
+    source: PathArgument | None,
+    name: str,
+    classes: Mapping[str, str],
+    ours: Mapping[str, Any],
+    pixels: tuple[int, int],
+) -> dict[str, Any]:
+    """A preprocessor file: what the source's says, over the default classes and under our fields."""
+    theirs = {} if source is None else _File(make_path(source), name).content
+    size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
+    data = {**classes, **theirs, **ours, "size": size}
+    # The older names win over `size` in transformers, so they must say the same.
+    for key, value in zip(("min_pixels", "max_pixels"), pixels, strict=True):
+        if key in data:
+            data[key] = value
+    return data
 
 
 def _join(patches: Sequence[np.ndarray], vision: VisionConfig | None) -> np.ndarray:

@@ -14,6 +14,7 @@ import tokenizers
 
 from iv3jax.errors import UserError
 from iv3jax.models.config import ModelConfig
+from iv3jax.paths import PathArgument, make_path
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 """The special tokens without which no chat can be written."""
@@ -67,14 +68,14 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
 
     @staticmethod
-    def from_dir(folder: str | Path, config: ModelConfig | None = None) -> "Tokenizer":
+    def from_dir(folder: PathArgument, config: ModelConfig | None = None) -> "Tokenizer":
         """Reads `tokenizer.json` of a model folder and, with `config`, checks that the two agree.
 
         Raises:
             UserError: the file is missing or corrupt, a special token the chat needs is missing, a
                 vision token's id is not the config's, or the model has fewer embeddings than tokens.
         """
-        path = Path(folder) / "tokenizer.json"
+        path = make_path(folder) / "tokenizer.json"
         try:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):

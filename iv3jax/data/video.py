@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -27,6 +26,7 @@ from iv3jax.data.image import resize
 from iv3jax.data.sampling import average_rate, sample_indices
 from iv3jax.data.sizes import video_size
 from iv3jax.errors import UserError
+from iv3jax.paths import AnyPath, PathArgument, make_path
 
 # Draining and refilling the decoder costs about this many frames.
 _MIN_SKIP = 8
@@ -50,7 +50,7 @@ class VideoInfo:
         duration: seconds, the last frame's own included.
     """
 
-    path: Path
+    path: AnyPath
     width: int
     height: int
     times: npt.NDArray[np.float64]
@@ -84,18 +84,18 @@ class VideoFrames:
     source_size: tuple[int, int]
 
 
-def probe(path: str | Path) -> VideoInfo:
+def probe(path: PathArgument) -> VideoInfo:
     """Finds the frames of a video and their times, reading the whole file.
 
     Raises:
         UserError: no such file, a folder, no video, a picture, sound only, no frames, truncated or
             damaged. The text names the file and a way out.
     """
-    return _scan(Path(path)).info
+    return _scan(make_path(path)).info
 
 
 def read_video(
-    path: str | Path,
+    path: PathArgument,
     *,
     fps: float = 2.0,
     min_frames: int = 4,
@@ -108,7 +108,7 @@ def read_video(
     Only the sampled frames are kept, each resized as it is decoded.
 
     Args:
-        path: any video FFmpeg reads.
+        path: any video FFmpeg reads, local or on a store.
         fps, min_frames, max_frames: see `sampling.sample_indices`. Frames are chosen by number, so a
             variable rate gives uneven times; `times` tells the true ones.
         min_pixels, max_pixels: budget for frames · height · width (`sizes.video_size`).
@@ -131,7 +131,7 @@ def read_video(
             frames, info.times[indices], indices, info.num_frames, info.fps, info.duration, source_size
         )
 
-    path = Path(path)
+    path = make_path(path)
     try:
         return sample(_scan(path))
     except _NotAsListedError:
@@ -201,7 +201,7 @@ class _Decoder:
         return frames
 
 
-def _scan(path: Path) -> _Scan:
+def _scan(path: AnyPath) -> _Scan:
     """Finds the frames from the packets, or by decoding where those leave a doubt."""
     check_file(path)
     missing = missing_bytes(path)
@@ -248,7 +248,7 @@ def _is_complete(packets: _Packets) -> bool:
     return bool(timed and one_piece and packets.keyframe[0] and pts[0] == pts.min())
 
 
-def _truncated(path: Path, packets: _Packets, tick: Fraction, whole: int, stated: int) -> UserError:
+def _truncated(path: AnyPath, packets: _Packets, tick: Fraction, whole: int, stated: int) -> UserError:
     """The error for a file that was cut off after `whole` packets of a `stated` number of frames."""
     pts = packets.pts[:whole]
     seconds = float(np.ptp(pts[pts != _NONE]) * tick) if (pts != _NONE).any() else 0.0
@@ -259,7 +259,7 @@ def _truncated(path: Path, packets: _Packets, tick: Fraction, whole: int, stated
     )
 
 
-def _scan_by_decoding(path: Path) -> _Scan:
+def _scan_by_decoding(path: AnyPath) -> _Scan:
     """Finds the frames by decoding them all."""
     with open_video(path, 0) as stream:
         decoder = _Decoder(stream)
@@ -291,7 +291,7 @@ def _scan_by_decoding(path: Path) -> _Scan:
 
 
 def _info(
-    path: Path,
+    path: AnyPath,
     first: VideoFrame,
     pts: npt.NDArray[np.int64],
     last_duration: int,

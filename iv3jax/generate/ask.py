@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 
@@ -15,6 +14,7 @@ from iv3jax.data.tokenizer import StreamDecoder
 from iv3jax.errors import UserError
 from iv3jax.generate.generate import PREFILL_CHUNK, generate
 from iv3jax.generate.sampling import Sampling
+from iv3jax.paths import PathArgument, make_path
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Answer:
 
 def ask(
     model: LoadedModel,
-    path: str | Path,
+    path: PathArgument,
     question: str,
     *,
     fps: float | None = None,
@@ -55,7 +55,7 @@ def ask(
     """Asks a question about a video or an image.
 
     Args:
-        path: a video, or a picture in any format that Pillow reads.
+        path: a video, or a picture in any format that Pillow reads; local or on a store.
         question: what to ask; it follows the video in the user's turn, without a system message.
         fps, max_frames: frames a second and at most how many; None takes the model folder's.
         max_new_tokens: limit on the answer.
@@ -74,7 +74,7 @@ def ask(
         # Asked for fewer than the folder's least: the person at the keyboard wins.
         least = min(processor.min_frames, max_frames)
         processor = dataclasses.replace(processor, min_frames=least, max_frames=max_frames)
-    kind = "image" if is_picture(Path(path)) else "video"
+    kind = "image" if is_picture(make_path(path)) else "video"
     content = [{"type": kind, kind: str(path)}, {"type": "text", "text": question}]
     sample = processor([{"role": "user", "content": content}], generation=True)
     # Few shapes, so that a second question does not compile again.

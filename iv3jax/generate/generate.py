@@ -46,8 +46,16 @@ class Generation:
     decode_seconds: float
 
 
-class _State(NamedTuple):
-    """The decode loop's carry: logits (B, V) of the next token, its position (B,), who is done (B,)."""
+class DecodeState(NamedTuple):
+    """What decoding goes on from.
+
+    Attributes:
+        cache: all tokens so far.
+        logits: (B, V) fp32, of the next token.
+        position: (B,) int32, where the next token stands.
+        done: (B,) bool, rows that have ended.
+        step: () int32, new tokens a row so far.
+    """
 
     cache: Cache
     logits: Array
@@ -107,18 +115,18 @@ def generate(
     )
     cache_bytes = cache.nbytes
     watch = Stopwatch()
-    state = jax.block_until_ready(_prefill(model, params, batch, cache, lengths))
+    state = jax.block_until_ready(prefill(model, params, batch, cache))
     prefill_seconds = watch.seconds
 
     watch = Stopwatch()
     stop = jnp.asarray(list(stop_ids), jnp.int32)
     tokens: list[list[int]] = [[] for _ in lengths]
     stopped = [False] * len(lengths)
-    decode = partial(_decode, model, sampling, min(DECODE_BLOCK, max_new_tokens))
+    step = partial(decode_block, model, sampling, min(DECODE_BLOCK, max_new_tokens))
     done_steps = 0
     key = jax.random.key(seed)
     while done_steps < max_new_tokens and not all(stopped):
-        state, block = decode(params, state, stop, key, max_new_tokens - done_steps)
+        state, block = step(params, state, stop, key, max_new_tokens - done_steps)
         done_steps += DECODE_BLOCK
         fresh: list[list[int]] = [[] for _ in lengths]
         for row, new in enumerate(np.asarray(block)):
@@ -137,8 +145,9 @@ def generate(
     )
 
 
-def _prefill(model: InternVideo3, params: Params, batch: Batch, cache: Cache, lengths: np.ndarray) -> _State:
-    """Feeds the prompt chunk by chunk; the video is encoded once, before."""
+def prefill(model: InternVideo3, params: Params, batch: Batch, cache: Cache) -> DecodeState:
+    """Feeds the prompts into an empty cache, chunk by chunk; the video is encoded once, before."""
+    lengths = np.asarray(batch.segment_ids != 0).sum(axis=1)
     visual = None if batch.patches is None else _encode(model, params, batch)
     length = batch.input_ids.shape[1]
     chunk = min(PREFILL_CHUNK, length)
@@ -150,7 +159,7 @@ def _prefill(model: InternVideo3, params: Params, batch: Batch, cache: Cache, le
     # Vision positions may run ahead of or behind the token count: text goes on after the largest.
     real = np.asarray(batch.segment_ids != 0)
     position = jnp.asarray(np.where(real, np.asarray(batch.positions).max(axis=0), -1).max(axis=1) + 1)
-    return _State(
+    return DecodeState(
         cache,
         _logits(model, params, last),
         position.astype(jnp.int32),
@@ -205,25 +214,28 @@ def _prefill_chunk(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _decode(
+def decode_block(
     model: InternVideo3,
     sampling: Sampling,
     steps: int,
     params: Params,
-    state: _State,
+    state: DecodeState,
     stop: Array,
     key: Array,
     remaining: Array,
-) -> tuple[_State, Array]:
-    """Up to min(steps, remaining) tokens a row → (B, steps) int32, −1 where there are none."""
+) -> tuple[DecodeState, Array]:
+    """Up to min(steps, remaining) tokens a row → (B, steps) int32, −1 where there are none.
+
+    The state is donated: its arrays, the cache among them, are written in place and gone afterwards.
+    """
     rows = state.logits.shape[0]
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
 
-    def unfinished(carry: tuple[_State, Array, Array]) -> Array:
+    def unfinished(carry: tuple[DecodeState, Array, Array]) -> Array:
         state, _, i = carry
         return (i < jnp.minimum(steps, remaining)) & ~jnp.all(state.done)
 
-    def one(carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
+    def one(carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
         state, block, i = carry
         keys = jax.vmap(lambda k: jax.random.fold_in(k, state.step))(row_keys)
         token = choose(state.logits, keys, sampling)
@@ -237,7 +249,7 @@ def _decode(
         )
         out = model.apply({"params": params}, fed, None, state.cache)
         logits = model.apply({"params": params}, out.hidden[:, 0], method="logits")
-        return _State(out.cache, logits, state.position + 1, done, state.step + 1), block, i + 1
+        return DecodeState(out.cache, logits, state.position + 1, done, state.step + 1), block, i + 1
 
     start = (state, jnp.full((rows, steps), -1, jnp.int32), jnp.zeros((), jnp.int32))
     state, block, _ = jax.lax.while_loop(unfinished, one, start)

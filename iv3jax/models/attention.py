@@ -14,13 +14,6 @@ from iv3jax.models.rope import Rope, rotate, rotate_interleaved
 from iv3jax.sharding import constrain
 from iv3jax.typing import Array
 
-ABSORBED_QUERIES = 64
-"""Up to this many new tokens a row, attention over a cache is absorbed; beyond, the latents are expanded.
-
-Absorbing costs r+e+r multiplications a query, key and head against n+e+v, expanding r·(n+v) a key and
-head: at the 8B's sizes they meet at 149 queries, and absorbing needs no expanded keys in memory.
-"""
-
 Entries = dict[str, Array]
 
 
@@ -90,7 +83,8 @@ class GQAAttention(nn.Module):
                 "key": write(entries["key"], layer, tokens.slots, key),
                 "value": write(entries["value"], layer, tokens.slots, value),
             }
-            key, value = (entries[k][layer].astype(self.run.dtype) for k in ("key", "value"))
+            key, value = entries["key"][layer], entries["value"][layer]
+            return self.o_proj(ops.attention_over_cache(query, key, value, tokens.mask())), entries
         return self.o_proj(ops.attention(query, key, value, tokens.mask())), entries
 
 
@@ -116,7 +110,7 @@ class M2LAAttention(nn.Module):
         bias = (c.attention_bias, run, 0.5)
         self.q_proj = Linear((width,), (heads, n + e), ("embed",), head, *bias)
         self.kv_a_proj_with_mqa = Linear((width,), (rank + e,), ("embed",), ("latent",), *bias)
-        self.kv_b_proj = Linear((rank,), (heads, n + v), ("latent",), head, False, run)
+        self.kv_b_proj = Linear((rank,), (heads, n + v), ("latent",), head, False, run, out_first=True)
         self.o_proj = Linear((heads, v), (width,), head, ("embed",), False, run)
 
     def __call__(
@@ -124,8 +118,8 @@ class M2LAAttention(nn.Module):
     ) -> tuple[Array, Entries | None]:
         """(B, T, D) → (B, T, D) and the cache entries with this layer's latents written.
 
-        Without a cache, or with many new tokens, keys and values are expanded from the latents; with
-        few, the query is carried into latent space instead. Both are the same function.
+        Without a cache, or with many new tokens, keys and values are expanded from the latents; with few
+        over a cache, the query is carried into latent space instead. Both are the same function.
         """
         c = self.config
         n, rank = c.qk_nope_head_dim, _rank(c)
@@ -136,9 +130,11 @@ class M2LAAttention(nn.Module):
         latent = jnp.concatenate([latent[..., :rank], k_rope], axis=-1)
         if entries is not None and tokens.slots is not None:
             entries = {"latent": write(entries["latent"], layer, tokens.slots, latent)}
-            latent = entries["latent"][layer].astype(self.run.dtype)
-        if entries is not None and x.shape[1] <= ABSORBED_QUERIES:
-            out = self._absorbed(q_nope, q_rope, latent, tokens.mask())
+            latent, kernel = entries["latent"][layer], self.kv_b_proj.dense(x)
+            if x.shape[1] > ops.FEW_QUERIES:
+                out = ops.latent_attention_over_cache(q_nope, q_rope, latent, kernel, tokens.mask())
+            else:
+                out = self._absorbed(q_nope, q_rope, latent.astype(self.run.dtype), kernel, tokens.mask())
         else:
             kv = constrain(self.kv_b_proj(latent[..., :rank]), "batch", "slots", "act_heads", None)
             out = ops.latent_attention(
@@ -146,10 +142,13 @@ class M2LAAttention(nn.Module):
             )
         return self.o_proj(out), entries
 
-    def _absorbed(self, q_nope: Array, q_rope: Array, latent: Array, mask: ops.AttentionMask) -> Array:
-        c, kernel = self.config, self.kv_b_proj.kernel.astype(self.run.dtype)
-        n = c.qk_nope_head_dim
-        q_latent = jnp.einsum("bthn,rhn->bthr", q_nope, kernel[..., :n])
+    def _absorbed(
+        self, q_nope: Array, q_rope: Array, latent: Array, kernel: Array, mask: ops.AttentionMask
+    ) -> Array:
+        c, n = self.config, self.config.qk_nope_head_dim
+        # The kernel is used whole, with zeros for the half that is not meant: a cut would copy it.
+        padded = jnp.pad(q_nope, [(0, 0)] * 3 + [(0, c.v_head_dim)])
+        q_latent = jnp.einsum("bthk,hkr->bthr", padded, kernel)
         scale = (n + c.qk_rope_head_dim) ** -0.5
         context = ops.latent_decode(q_latent, q_rope, latent, mask, scale)
-        return jnp.einsum("bthr,rhv->bthv", context, kernel[..., n:])
+        return jnp.einsum("bthr,hkr->bthk", context, kernel)[..., n:]

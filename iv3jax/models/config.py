@@ -1,17 +1,19 @@
 """Model configs: frozen dataclasses read from and written to a Hugging Face `config.json`.
 
-Field names are the checkpoint's. Fields that we do not use are kept in `extra` and written back.
+Field names are the checkpoint's. Fields that we do not use are kept in `extra` and written back, and a
+config that was read and not changed is written back as it was.
 No jax here, and no shapes of parameters: those follow from the modules.
 """
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from iv3jax.errors import UserError
+from iv3jax.paths import PathArgument, make_path
 
 MODEL_TYPES = {
     "internvideo3": "vision and M²LA",
@@ -94,7 +96,10 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: decoder, and tower unless it is text-only (`vision_config` None)."""
+    """A whole model: decoder, and tower unless it is text-only (`vision_config` None).
+
+    `source` is the content of the `config.json` this was read from, empty for one made in code.
+    """
 
     model_type: str
     text_config: TextConfig
@@ -104,6 +109,7 @@ class ModelConfig:
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
     extra: Mapping[str, Any] = _extra()
+    source: Mapping[str, Any] = _extra()
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
@@ -112,6 +118,11 @@ class ModelConfig:
         Raises:
             UserError: unknown `model_type`, a missing or mistyped field, or a feature no module computes.
         """
+        config = ModelConfig._from_dict(data, source)
+        return dataclasses.replace(config, source=copy.deepcopy(dict(data)))
+
+    @staticmethod
+    def _from_dict(data: Mapping[str, Any], source: str) -> "ModelConfig":
         model_type = data.get("model_type")
         if model_type not in MODEL_TYPES:
             known = ", ".join(MODEL_TYPES)
@@ -142,9 +153,9 @@ class ModelConfig:
         return ModelConfig(model_type, _read_text(data, model_type, source))
 
     @staticmethod
-    def from_file(path: str | Path) -> "ModelConfig":
-        """Reads a `config.json`, or the one inside a model folder."""
-        path = Path(path)
+    def from_file(path: PathArgument) -> "ModelConfig":
+        """Reads a `config.json`, or the one inside a model folder, local or on a store."""
+        path = make_path(path)
         path = path / "config.json" if path.is_dir() else path
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -157,7 +168,14 @@ class ModelConfig:
         return ModelConfig.from_dict(data, str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The `config.json` this was read from, unknown fields included."""
+        """The content of a `config.json` for this config, in JSON's types.
+
+        A config that was read is written as it stood there, every key and value: what a file leaves
+        unsaid, says twice or says as null is its own affair. One that was made or changed in code is
+        written anew, with the unknown fields of the file it came from.
+        """
+        if self.source and ModelConfig._from_dict(self.source, "config.json") == self:
+            return copy.deepcopy(dict(self.source))
         text = _write_text(self)
         if self.vision_config is None:
             return {"model_type": self.model_type, **text}

@@ -72,10 +72,10 @@ class InternVideo3(nn.Module):
     def logits(self, hidden: Array) -> Array:
         """(…, D) → (…, vocab_size) fp32."""
         if self.config.text_config.tie_word_embeddings:
-            kernel = self.embed_tokens.embedding.astype(self.run.dtype).T
+            table = self.embed_tokens.embedding.astype(self.run.dtype)
+            out = jnp.matmul(hidden.astype(self.run.dtype), table.T, preferred_element_type=jnp.float32)
         else:
-            kernel = self.lm_head.kernel.astype(self.run.dtype)
-        out = jnp.matmul(hidden.astype(self.run.dtype), kernel, preferred_element_type=jnp.float32)
+            out = self.lm_head.product(hidden, jnp.float32)
         return constrain(out, *[None] * (out.ndim - 1), "act_vocab")
 
     def everything(self, batch: Batch) -> Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from iv3jax.errors import UserError
+from iv3jax.models import quantized
 from iv3jax.sharding import constrain
 from iv3jax.typing import Array, DType
 
@@ -32,6 +33,8 @@ class Execution:
         scan_layers: whether the decoder's layers are one scanned stack, which compiles in seconds at any
             depth, or stand alone, each with parameters and cache of its own. XLA copies a layer's slice
             of a stack before it multiplies, on a CPU through memory, which halves the speed of decoding.
+        weights: how the kernels of every Linear are stored: None as floats of `param_dtype`, else a key of
+            quantized.FORMATS. A quantised model is for inference, and for training something beside it.
     """
 
     dtype: DType = jnp.float32
@@ -39,10 +42,13 @@ class Execution:
     remat: str = "none"
     patches_per_step: int = 16384
     scan_layers: bool = True
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+        if self.weights is not None and self.weights not in quantized.FORMATS:
+            raise UserError(f"weights {self.weights!r} are not one of {', '.join(quantized.FORMATS)}")
 
     def checkpointed(self, layer: type[nn.Module]) -> type[nn.Module]:
         """The layer class under the remat policy, for use inside a scan."""
@@ -55,7 +61,9 @@ class Linear(nn.Module):
     """y = x·W + b over the last len(in_shape) axes of x.
 
     kernel: (*in_shape, *out_shape), bias: out_shape; so heads stay an axis of their own. New biases are
-    normal with `bias_scale` as their standard deviation.
+    normal with `bias_scale` as their standard deviation. With `run.weights`, kernel_codes and kernel_scale
+    are there instead of kernel (quantized.py says how), and new ones are uniform. With `out_first`, kernel
+    is (*out_shape, *in_shape): for one that is also used the other way round, head by head.
     """
 
     in_shape: tuple[int, ...]
@@ -65,15 +73,37 @@ class Linear(nn.Module):
     use_bias: bool = False
     run: Execution = dataclasses.field(default_factory=Execution)
     bias_scale: float = 0.0
+    out_first: bool = False
 
     def setup(self) -> None:
-        init = nn.initializers.normal(1 / math.sqrt(math.prod(self.in_shape)))
-        self.kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(init, (*self.in_axes, *self.out_axes)),
-            (*self.in_shape, *self.out_shape),
-            self.run.param_dtype,
-        )
+        std = 1 / math.sqrt(self.rows)
+        if self.run.weights is None:
+            self.kernel = self.param(
+                "kernel",
+                nn.with_logical_partitioning(
+                    nn.initializers.normal(std), self._ordered(self.in_axes, self.out_axes)
+                ),
+                self._ordered(self.in_shape, self.out_shape),
+                self.run.param_dtype,
+            )
+        else:
+            how = quantized.FORMATS[self.run.weights]
+            # The first of several input axes is the outermost, so what splits it splits the rows alike.
+            self.kernel_codes = self.param(
+                "kernel_codes",
+                nn.with_logical_partitioning(how.init_codes, (self.in_axes[0], *self.out_axes)),
+                how.codes_shape(self.rows, self.out_shape),
+                how.code_dtype,
+            )
+            # Too few groups to be split wherever the rows are; the codes are many times their size.
+            self.kernel_scale = self.param(
+                "kernel_scale",
+                nn.with_logical_partitioning(
+                    nn.initializers.constant(std / how.code_rms), (None, *self.out_axes)
+                ),
+                how.scale_shape(self.rows, self.out_shape),
+                jnp.bfloat16,
+            )
         if self.use_bias:
             self.bias = self.param(
                 "bias",
@@ -82,15 +112,42 @@ class Linear(nn.Module):
                 self.run.param_dtype,
             )
 
+    @property
+    def rows(self) -> int:
+        """Numbers that go into each product."""
+        return math.prod(self.in_shape)
+
     def __call__(self, x: Array) -> Array:
+        y = self.product(x, self.run.dtype)
+        return y + self.bias.astype(self.run.dtype) if self.use_bias else y
+
+    def product(self, x: Array, dtype: DType) -> Array:
+        """x·W in `dtype`, from factors in the dtype of computing; no bias."""
         count = len(self.in_shape)
-        x_axes = tuple(range(x.ndim - count, x.ndim))
-        y = jax.lax.dot_general(
+        if self.run.weights is not None:
+            x = x.reshape(*x.shape[: x.ndim - count], self.rows)
+            y = quantized.matmul(x, self.kernel_codes, self.kernel_scale, self.run.weights, self.run.dtype)
+            return y.astype(dtype)
+        first = len(self.out_shape) if self.out_first else 0
+        return jax.lax.dot_general(
             x.astype(self.run.dtype),
             self.kernel.astype(self.run.dtype),
-            ((x_axes, tuple(range(count))), ((), ())),
+            ((tuple(range(x.ndim - count, x.ndim)), tuple(range(first, first + count))), ((), ())),
+            preferred_element_type=dtype,
         )
-        return y + self.bias.astype(self.run.dtype) if self.use_bias else y
+
+    def dense(self, x: Array) -> Array:
+        """The kernel in the dtype of computing, whole and as it is stored, for other products with x."""
+        if self.run.weights is None:
+            return self.kernel.astype(self.run.dtype)
+        codes = quantized.here(x, self.kernel_codes)
+        kernel = quantized.dequantize(codes, self.kernel_scale, self.rows, self.run.weights, self.run.dtype)
+        kernel = kernel.reshape(*self.in_shape, *self.out_shape)
+        inward = tuple(range(len(self.in_shape)))
+        return jnp.moveaxis(kernel, inward, [i - len(inward) for i in inward]) if self.out_first else kernel
+
+    def _ordered(self, inward: tuple, outward: tuple) -> tuple:
+        return (*outward, *inward) if self.out_first else (*inward, *outward)
 
 
 class Embedding(nn.Module):

@@ -1,7 +1,6 @@
 """The first trained model: the digit task's mixture, step by step, and the run that learns it."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -17,12 +16,13 @@ from iv3jax.models.batch import Batch
 from iv3jax.models.internvideo3 import InternVideo3
 from iv3jax.models.layers import Execution
 from iv3jax.models.presets import preset
+from iv3jax.paths import AnyPath, PathArgument, make_path
 from iv3jax.sharding import make_mesh
 from iv3jax.train.config import DigitsConfig, TrainConfig
 from iv3jax.train.loop import train
 
 
-def train_digits(config: TrainConfig, out: str | Path) -> Path:
+def train_digits(config: TrainConfig, out: PathArgument) -> AnyPath:
     """Trains a model on the digit task and writes it to OUT/model, which it returns."""
     model = InternVideo3(preset(config.preset), Execution(remat=config.remat))
     processor = Processor.from_dir(TINY_FOLDER, model.config)
@@ -34,7 +34,7 @@ def train_digits(config: TrainConfig, out: str | Path) -> Path:
         return collate(rows, model.config, length=config.length, chunks=config.chunks, chunk_patches=4)
 
     params = train(model, config, batch_at, "training on handwritten numbers in video")
-    return save(LoadedModel(model, params, TINY_FOLDER, make_mesh()), Path(out) / "model")
+    return save(LoadedModel(model, params, TINY_FOLDER, make_mesh()), make_path(out) / "model")
 
 
 def samples(

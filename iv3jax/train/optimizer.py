@@ -50,6 +50,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, boxed: Params) -> optax.
         if path[-1].key != "kernel" or "lm_head" in (p.key for p in path):
             return None
         first = int(box.names[0] == "layers")
+        if box.names[-2:] == ("head_dim", "latent"):  # kv_b_proj, the one kernel stored with its output first
+            return contrib.MuonDimensionNumbers((first + 2,), (first, first + 1))
         last = first + _INPUT_AXES[box.names[first]]
         return contrib.MuonDimensionNumbers(tuple(range(first, last)), tuple(range(last, len(box.names))))
 

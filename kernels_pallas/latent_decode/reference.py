@@ -22,6 +22,11 @@ def latent_decode(
     """
     rank = q_latent.shape[-1]
     query = jnp.concatenate([q_latent, q_rope], axis=-1)
-    logits = jnp.einsum("bthw,bsw->bhts", query, latent, preferred_element_type=jnp.float32)
-    weights = masked_softmax(logits * scale, mask.dense(latent.shape[1])[:, None])
-    return jnp.einsum("bhts,bsr->bthr", weights.astype(latent.dtype), latent[..., :rank])
+    rows, tokens, heads, width = query.shape
+    # Tokens and heads are one axis, and values are cut to r numbers last: otherwise XLA copies the cache.
+    query = query.reshape(rows, tokens * heads, width)
+    logits = jnp.einsum("bqw,bsw->bqs", query, latent, preferred_element_type=jnp.float32)
+    logits = logits.reshape(rows, tokens, heads, -1) * scale
+    weights = masked_softmax(logits, mask.dense(latent.shape[1])[:, :, None]).astype(latent.dtype)
+    out = jnp.einsum("bqs,bsw->bqw", weights.reshape(rows, tokens * heads, -1), latent)
+    return out.reshape(rows, tokens, heads, width)[..., :rank]

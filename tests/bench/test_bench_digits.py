@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from iv3jax.bench.digits import CASES, _best_fixed_interval, _make, _wilson, bench_digits, format_table, score
+from iv3jax.bench.digits import (
+    CASES,
+    _best_fixed_interval,
+    _wilson,
+    bench_digits,
+    format_table,
+    make_case,
+    score,
+)
 from iv3jax.checkpoint.load import load
 from iv3jax.data.digits import Event, Question
 
@@ -35,14 +43,14 @@ def test_wilson_interval():
 
 def test_the_control_differs_in_pixels_only():
     for case in CASES[:4]:
-        (shown, question), (zeroed, same) = (_make(case, [1, 2, 3], zeroed=z) for z in (False, True))
+        (shown, question), (zeroed, same) = (make_case(case, [1, 2, 3], zeroed=z) for z in (False, True))
         assert question == same
         np.testing.assert_array_equal(shown.times, zeroed.times)
         assert not zeroed.frames[:, 16:].any() and shown.frames[:, 16:].any()
 
 
 def test_best_fixed_interval_beats_any_guess():
-    made = [_make(CASES[2], [7, i]) for i in range(20)]
+    made = [make_case(CASES[2], [7, i]) for i in range(20)]
     best = _best_fixed_interval(made)
     middle = [score(q, f"{v.duration / 4:.2f} {v.duration * 3 / 4:.2f}") for v, q in made]
     assert np.mean(middle) - 1e-3 <= best < 1

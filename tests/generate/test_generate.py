@@ -130,14 +130,14 @@ def test_stop_tokens(tiny, greedy, monkeypatch):
     stop_ids = [texts[0][4], texts[2][18]]
     ends = [next((i for i, t in enumerate(text) if t in stop_ids), None) for text in texts]
     assert ends[0] is not None and ends[2] is not None
-    streamed, states, decode = [], [], module._decode
+    streamed, states, decode = [], [], module.decode_block
 
     def spy(*arguments):
         state, block = decode(*arguments)
         states.append(jax.device_get(state.cache.length))
         return state, block
 
-    monkeypatch.setattr(module, "_decode", spy)
+    monkeypatch.setattr(module, "decode_block", spy)
     out = generate(
         model,
         params,
@@ -239,11 +239,11 @@ def test_logits_of_the_last_token_only(tiny):
     assert (rows, length, width) in shapes_in(prefill.jaxpr)
     assert not {s for s in shapes_in(prefill.jaxpr) if vocab in s}
 
-    state = module._State(
+    state = module.DecodeState(
         cache, jnp.zeros((rows, vocab)), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), jnp.int32(0)
     )
     for sampling in (Sampling(), Sampling(1.0, top_p=0.9, top_k=5)):
-        decode = partial(module._decode, model, sampling, DECODE_BLOCK)
+        decode = partial(module.decode_block, model, sampling, DECODE_BLOCK)
         jaxpr = jax.make_jaxpr(decode)(params, state, jnp.array([1]), jax.random.key(0), 40).jaxpr
         made = {s for s in shapes_in(jaxpr) if vocab in s}
         assert (rows, vocab) in made

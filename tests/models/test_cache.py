@@ -42,6 +42,11 @@ def entries_difference(a: Cache, b: Cache) -> float:
     )
 
 
+def by_slot(cache: Cache) -> dict[str, np.ndarray]:
+    """The entries with the slots as third axis: (L, B, S, …)."""
+    return {k: np.asarray(x if x.ndim == 4 else x.swapaxes(2, 3)) for k, x in cache.entries.items()}
+
+
 def two_steps(tiny, dtype):
     """Rows of 5, 0 and 8 tokens, then 3, 8 and 0 more: hidden states, those of one forward, the cache."""
     model, params, step = tiny
@@ -83,12 +88,12 @@ def test_full_rows_overflow_and_nothing_is_clamped(tiny):
     after = step(later(text(model, [7, 7], seed=5), 7), before).cache
     assert after.length.tolist() == [12, 11]
     assert after.overflow.tolist() == [True, False]
-    for name, entry in after.entries.items():
-        old = before.entries[name]
+    for name, entry in by_slot(after).items():
+        old = by_slot(before)[name]
         np.testing.assert_array_equal(entry[:, 0, :7], old[:, 0, :7])
         np.testing.assert_array_equal(entry[:, 1, :4], old[:, 1, :4])
-        assert not np.asarray(old[:, 0, 7:]).any() and np.asarray(entry[:, 0, 7:]).any(axis=(0, 2)).all()
-        assert not np.asarray(entry[:, 1, 11:]).any()
+        assert not old[:, 0, 7:].any() and entry[0, 0, 7:].any(axis=tuple(range(1, entry.ndim - 2))).all()
+        assert not entry[:, 1, 11:].any()
     again = step(later(text(model, [3, 1], seed=9), 14), after).cache
     assert again.length.tolist() == [12, 12] and again.overflow.tolist() == [True, False]
     for name, entry in again.entries.items():
@@ -113,26 +118,37 @@ def test_finished_rows_write_nothing(tiny):
     fed.segment_ids[0] = 0
     after = step(fed, before).cache
     assert after.length.tolist() == [6, 9] and not after.overflow.any()
-    for name, entry in after.entries.items():
-        np.testing.assert_array_equal(entry[:, 0], before.entries[name][:, 0])
-        assert np.asarray(entry[:, 1, 6:9]).any(axis=(0, 2)).all()
+    for name, entry in by_slot(after).items():
+        np.testing.assert_array_equal(entry[:, 0], by_slot(before)[name][:, 0])
+        assert entry[0, 1, 6:9].any(axis=tuple(range(1, entry.ndim - 2))).all()
 
 
-ROWS = st.lists(
-    st.tuples(st.integers(0, 6), st.lists(st.booleans(), min_size=4, max_size=4)), min_size=1, max_size=3
+# One token a row is written in another way than several.
+ROWS = st.sampled_from([1, 4]).flatmap(
+    lambda width: st.lists(
+        st.tuples(st.integers(0, 6), st.lists(st.booleans(), min_size=width, max_size=width)),
+        min_size=1,
+        max_size=3,
+    )
 )
 
 
+@pytest.mark.parametrize("heads", [None, 2])
 @settings(max_examples=40, deadline=None)
-@given(ROWS)
-def test_slots_and_writes_against_a_loop(rows):
+@given(rows=ROWS)
+def test_slots_and_writes_against_a_loop(heads, rows):
     """Any lengths and any padding, on a cache of 6 slots, against appending token by token."""
     capacity, layers = 6, 2
     lengths = [min(n, capacity) for n, _ in rows]
     segments = np.array([real for _, real in rows], np.int32)
-    entry = np.zeros((layers, len(rows), capacity, 1), np.float32)
-    values = 1 + np.arange(segments.size, dtype=np.float32).reshape(*segments.shape, 1)
-    cache = Cache({"latent": jnp.asarray(entry)}, jnp.asarray(lengths), jnp.zeros(len(rows), bool))
+    own = (1,) if heads is None else (heads, 1)
+    entry = np.zeros((layers, len(rows), capacity, *own), np.float32)
+    values = 1 + np.arange(segments.size * (heads or 1), dtype=np.float32).reshape(*segments.shape, *own)
+
+    def stored(x: np.ndarray) -> np.ndarray:
+        return x if heads is None else x.swapaxes(2, 3)
+
+    cache = Cache({"entry": jnp.asarray(stored(entry))}, jnp.asarray(lengths), jnp.zeros(len(rows), bool))
 
     expected, overflow = entry.copy(), [False] * len(rows)
     for row, (_, real) in enumerate(rows):
@@ -144,10 +160,10 @@ def test_slots_and_writes_against_a_loop(rows):
             lengths[row] += 1
 
     written = write(
-        cache.entries["latent"], jnp.int32(1), cache.slots(jnp.asarray(segments)), jnp.asarray(values)
+        cache.entries["entry"], jnp.int32(1), cache.slots(jnp.asarray(segments)), jnp.asarray(values)
     )
-    after = cache.advanced({"latent": written}, jnp.asarray(segments))
-    np.testing.assert_array_equal(written, expected)
+    after = cache.advanced({"entry": written}, jnp.asarray(segments))
+    np.testing.assert_array_equal(written, stored(expected))
     assert after.length.tolist() == lengths and after.overflow.tolist() == overflow
 
 

@@ -21,16 +21,18 @@ from models.peers import (
     forward,
     random_model,
     tiny_config,
+    to_theirs,
     tree_difference,
 )
 
 from iv3jax import ops
+from iv3jax.checkpoint.names import insert, tensors
 from iv3jax.data.collate import collate
-from iv3jax.models import attention as attention_module
 from iv3jax.models.batch import Batch
 from iv3jax.models.cache import init_cache
 from iv3jax.models.internvideo3 import InternVideo3
 from iv3jax.models.layers import Execution
+from kernels_pallas import cached_attention
 
 TOLERANCE = 1e-4
 PROMPT = [2, ("video", 2, 4, 6), 3, ("image", 1, 4, 4), 6]
@@ -60,7 +62,8 @@ def columns(batch: Batch, start: int, stop: int) -> Batch:
 def in_chunks(model, params, batch: Batch, bounds: list[int], capacity: int):
     """Hidden states and the cache of a batch fed piece by piece through a cache."""
     visual = encode(model, params, batch)
-    cache_ = init_cache(model.config.text_config, len(batch.input_ids), capacity, jnp.float32)
+    rows = len(batch.input_ids)
+    cache_ = init_cache(model.config.text_config, rows, capacity, jnp.float32, model.run.scan_layers)
     step = jax.jit(lambda part, cache_: model.apply({"params": params}, part, visual, cache_))
     hidden = []
     for start, stop in pairwise(bounds):
@@ -70,16 +73,16 @@ def in_chunks(model, params, batch: Batch, bounds: list[int], capacity: int):
     return jnp.concatenate(hidden, axis=1), cache_
 
 
-@pytest.mark.parametrize(
-    ("attention", "absorbed"),
-    [("m2la", 0), ("m2la", 1000), ("gqa", 0)],
-    ids=["m2la-expanded", "m2la-absorbed", "gqa"],
-)
+@pytest.mark.parametrize("few", [0, 1000], ids=["blocks", "at-once"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("chunks", ["whole", "decode", "odd"])
-def test_over_a_cache(attention, absorbed, chunks, monkeypatch):
-    """Prefill + one-token decode, odd chunks, and everything at once, expanded and absorbed: one forward."""
+def test_over_a_cache(attention, few, chunks, monkeypatch):
+    """Prefill + one-token decode, odd chunks, and everything at once, in blocks of 5 (M²LA expanded) and
+    all slots at once (M²LA absorbed): one forward.
+    """
     model, params = shared_model(attention)
-    monkeypatch.setattr(attention_module, "ABSORBED_QUERIES", absorbed)
+    monkeypatch.setattr(ops, "FEW_QUERIES", few)
+    monkeypatch.setattr(cached_attention, "BLOCK", 5)
     sample = conversation(model.config, PROMPT)
     tokens = len(sample)
     batch = collate([[sample]], model.config, length=tokens)
@@ -93,6 +96,52 @@ def test_over_a_cache(attention, absorbed, chunks, monkeypatch):
     assert cache_.length.tolist() == [tokens] and not cache_.overflow.any()
 
 
+def test_blocks_over_rows_of_different_length():
+    """Grouped attention in blocks against all slots at once: rows whose tokens start at other slots, padding
+    between tokens, a row without any, a capacity and a number of queries that no block divides.
+    """
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.standard_normal((3, 13, 6, 5), np.float32))
+    key, value = (jnp.asarray(rng.standard_normal((3, 2, 23, 5), np.float32)) for _ in range(2))
+    segments = (rng.random((3, 13)) < 0.7).astype(np.int32)
+    segments[1] = 0
+    slots = np.where(segments, np.cumsum(segments, 1) - 1 + np.array([[0], [4], [9]]), 23)
+    mask = ops.AttentionMask(jnp.asarray(segments), None, jnp.asarray(slots, jnp.int32))
+    results = []
+    for few, block in ((1000, 256), (0, 256), (0, 4), (0, 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "FEW_QUERIES", few)
+            patch.setattr(cached_attention, "BLOCK", block)
+            results.append(
+                np.asarray(jax.jit(lambda *a: ops.attention_over_cache(*a, mask))(query, key, value))
+            )
+    assert not results[0][segments == 0].any() and results[0][segments == 1].all()
+    for result in results[1:]:
+        assert difference(result, results[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_layers_scanned_or_alone(attention):
+    """Hidden states and cache of the two forms of one model, with DeepStack, whole and over a cache."""
+    model, params = shared_model(attention)
+    alone = InternVideo3(model.config, Execution(scan_layers=False))
+    values = to_theirs(params, model.config)
+    alone_params: dict = {}
+    for tensor in (t for t in tensors(model.config, scan_layers=False) if t.index is None):
+        insert(alone_params, tensor.path, jnp.asarray(tensor.to_ours(values[tensor.name])))
+    alone_params["visual"] = params["visual"]
+    sample = conversation(model.config, PROMPT)
+    batch = collate([[sample]], model.config, length=len(sample))
+    whole = jax.jit(lambda batch: alone.apply({"params": alone_params}, batch).hidden)(batch)
+    assert difference(whole, forward(model, params, batch)["hidden"]) <= TOLERANCE
+    bounds = [0, len(sample) - 1, len(sample)]
+    expected, cache_ = in_chunks(model, params, batch, bounds, len(sample))
+    got, alone_cache = in_chunks(alone, alone_params, batch, bounds, len(sample))
+    assert difference(got, expected) <= TOLERANCE
+    stacked = {name: jnp.concatenate(parts) for name, parts in alone_cache.entries.items()}
+    assert tree_difference(stacked, cache_.entries) <= TOLERANCE
+
+
 def spy(called: list[str], name: str, function, *arguments):
     called.append(name)
     return function(*arguments)
@@ -102,11 +151,11 @@ def test_absorbed_and_expanded_run_different_code(monkeypatch):
     """The threshold of the test above does switch: each side calls the operation it is named after."""
     model, params = shared_model("m2la")
     batch = collate([[conversation(model.config, PROMPT)]], model.config, length=40)
-    for absorbed, expected in ((0, ["latent_attention"]), (1000, ["latent_decode"])):
+    for few, expected in ((0, ["latent_attention_over_cache"]), (1000, ["latent_decode"])):
         called: list[str] = []
-        for name in ("latent_attention", "latent_decode"):
+        for name in ("latent_attention", "latent_attention_over_cache", "latent_decode"):
             monkeypatch.setattr(ops, name, partial(spy, called, name, getattr(ops, name)))
-        monkeypatch.setattr(attention_module, "ABSORBED_QUERIES", absorbed)
+        monkeypatch.setattr(ops, "FEW_QUERIES", few)
         in_chunks(model, params, batch, [0, 40], capacity=48)
         assert sorted(set(called)) == expected
         monkeypatch.undo()

@@ -1,0 +1,48 @@
+"""Loading and exporting: the host holds the arrays and little beside them."""
+
+from pathlib import Path
+
+import pytest
+from models.peers import even_config, random_tensors, write_folder
+
+from iv3jax.bench.export import bench_export, format_table, measure
+from iv3jax.errors import UserError
+from iv3jax.models.config import ModelConfig
+
+
+@pytest.mark.medium
+def test_peak_memory_of_load_and_export(tmp_path):
+    """At most the arrays and two shards. 240 MB in shards of 50 MB, the largest tensor 41 MB.
+
+    Slack is 40 MB, for threads and allocator, as where loading alone is measured: 340 to 360 MB are seen of
+    379 allowed, most of it while the largest tensor is read back; a second copy of the arrays would take 480.
+    """
+    if not Path("/proc/self/status").exists():
+        pytest.skip("reads a process's peak memory from Linux's /proc")
+    config = even_config(
+        "gqa",
+        vocab_size=16000,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        head_dim=64,
+        mrope_section=(16, 8, 8),
+    ).to_dict()
+    config["vision_config"]["out_hidden_size"] = 640
+    config = ModelConfig.from_dict(config)
+    write_folder(tmp_path / "wide", config, random_tensors(config), shards=5)
+    found = measure(tmp_path / "wide", tmp_path / "out", "50MB")
+    assert found.array_bytes > 200e6 and found.files >= 5 and found.shard_bytes <= 50e6 + 1e5
+    assert found.peak_bytes <= found.allowed_bytes + 40e6
+
+
+def test_bench_of_too_few_layers():
+    with pytest.raises(UserError, match="--layers 2: must be 3 to 36"):
+        bench_export(2)
+
+
+def test_bench_table():
+    result = {"layers": 3, "platform": "cpu", "files": 2, "passed": True, "load_seconds": 1.0}
+    sizes = dict.fromkeys(("array_bytes", "shard_bytes", "peak_bytes", "allowed_bytes"), 2_500_000_000)
+    table = format_table(result | sizes | {"export_seconds": 2.0})
+    assert "peak     2.500 GB of host memory, 2.500 GB allowed: ok" in table
