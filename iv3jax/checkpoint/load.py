@@ -218,9 +218,7 @@ def _quantised(tensor: Tensor, value: np.ndarray, scale: "_Place", run: Executio
     assert run.weights is not None
     ours = tensor.to_ours(value)
     outputs = len(scale.shape) - (1 if tensor.index is None else 2)
-    if tensor.path[-2] == "kv_b_proj":  # its output axes come first
-        ours = np.moveaxis(ours, range(outputs), range(-outputs, 0))
-    return quantize(ours, ours.ndim - outputs, run.weights)
+    return quantize(np.moveaxis(ours, range(outputs), range(-outputs, 0)), ours.ndim - outputs, run.weights)
 
 
 class _Place:

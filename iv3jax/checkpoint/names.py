@@ -1,7 +1,8 @@
 """The one two-way table between our parameters and Hugging Face's tensors: names, shapes, axis order.
 
-Our layers are stacked along a leading axis and keep heads as an axis of their own; theirs are one tensor
-a layer, (out, in), heads flattened. Each entry says how in einops' words, so both directions are one text.
+Our layers are stacked along a leading axis (unless they stand alone) and keep heads as an axis of their own;
+theirs are one tensor a layer, (out, in), heads flattened. Each entry says how in einops' words, so both
+directions are one text.
 """
 
 import math
@@ -79,7 +80,7 @@ def entries(config: ModelConfig) -> list[Entry]:
         Entry(("language_model", "norm", "scale"), f"{root}.norm.weight", "d -> d"),
     ]
     if not text.tie_word_embeddings:
-        table.append(Entry(("lm_head", "kernel"), "lm_head.weight", "v d -> d v"))
+        table.append(Entry(("lm_head", "kernel"), "lm_head.weight", "v d -> v d"))
 
     def layer(path: str, name: str, pattern: str) -> None:
         keys = (*_LAYERS, *path.split("/"))
@@ -88,9 +89,9 @@ def entries(config: ModelConfig) -> list[Entry]:
     layer("input_layernorm/scale", "input_layernorm.weight", "d -> d")
     layer("post_attention_layernorm/scale", "post_attention_layernorm.weight", "d -> d")
     for module, pattern in (
-        ("gate_proj", "m d -> d m"),
-        ("up_proj", "m d -> d m"),
-        ("down_proj", "d m -> m d"),
+        ("gate_proj", "m d -> m d"),
+        ("up_proj", "m d -> m d"),
+        ("down_proj", "d m -> d m"),
     ):
         layer(f"mlp/{module}/kernel", f"mlp.{module}.weight", pattern)
 
@@ -100,17 +101,17 @@ def entries(config: ModelConfig) -> list[Entry]:
             layer(f"self_attn/{module}/bias", f"self_attn.{module}.bias", bias)
 
     has_bias = text.attention_bias
-    attention("q_proj", "(h k) d -> d h k", "(h k) -> h k" if has_bias else None)
+    attention("q_proj", "(h k) d -> h k d", "(h k) -> h k" if has_bias else None)
     if text.kv_lora_rank is None:
         for module in ("k_proj", "v_proj"):
-            attention(module, "(h k) d -> d h k", "(h k) -> h k" if has_bias else None)
+            attention(module, "(h k) d -> h k d", "(h k) -> h k" if has_bias else None)
         if text.use_qk_norm:
             layer("self_attn/q_norm/scale", "self_attn.q_norm.weight", "k -> k")
             layer("self_attn/k_norm/scale", "self_attn.k_norm.weight", "k -> k")
     else:
-        attention("kv_a_proj_with_mqa", "w d -> d w", "w -> w" if has_bias else None)
+        attention("kv_a_proj_with_mqa", "w d -> w d", "w -> w" if has_bias else None)
         attention("kv_b_proj", "(h k) r -> h k r", None)
-    attention("o_proj", "d (h k) -> h k d", "d -> d" if text.attention_output_bias else None)
+    attention("o_proj", "d (h k) -> d h k", "d -> d" if text.attention_output_bias else None)
     vision = config.vision_config
     return table if vision is None else table + _vision_entries(len(vision.deepstack_visual_indexes))
 
@@ -124,23 +125,23 @@ def _vision_entries(deepstack_levels: int) -> list[Entry]:
         if bias is not None:
             table.append(Entry((*keys[:-1], "bias"), f"model.visual.{name}.bias", bias))
 
-    module("patch_embed/kernel", "patch_embed.proj", "o c t y x -> (c t y x) o", "o -> o")
+    module("patch_embed/kernel", "patch_embed.proj", "o c t y x -> o (c t y x)", "o -> o")
     module("pos_embed/embedding", "pos_embed", "n d -> n d")
     for norm in ("norm1", "norm2"):
         module(f"blocks/{norm}/scale", f"blocks.{{i}}.{norm}", "d -> d", "d -> d")
     module(
         "blocks/qkv/kernel",
         "blocks.{i}.attn.qkv",
-        "(three h k) d -> d three h k",
+        "(three h k) d -> three h k d",
         "(three h k) -> three h k",
     )
-    module("blocks/proj/kernel", "blocks.{i}.attn.proj", "d (h k) -> h k d", "d -> d")
+    module("blocks/proj/kernel", "blocks.{i}.attn.proj", "d (h k) -> d h k", "d -> d")
     mergers = {"blocks": "blocks.{i}.mlp", "merger": "merger"}
     if deepstack_levels:
         mergers["deepstack_merger_list"] = "deepstack_merger_list.{i}"
     for merger, prefix in mergers.items():
         for linear in ("linear_fc1", "linear_fc2"):
-            module(f"{merger}/{linear}/kernel", f"{prefix}.{linear}", "o i -> i o", "o -> o")
+            module(f"{merger}/{linear}/kernel", f"{prefix}.{linear}", "o i -> o i", "o -> o")
         if merger != "blocks":
             module(f"{merger}/norm/scale", f"{prefix}.norm", "d -> d", "d -> d")
     return table

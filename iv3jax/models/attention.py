@@ -110,7 +110,7 @@ class M2LAAttention(nn.Module):
         bias = (c.attention_bias, run, 0.5)
         self.q_proj = Linear((width,), (heads, n + e), ("embed",), head, *bias)
         self.kv_a_proj_with_mqa = Linear((width,), (rank + e,), ("embed",), ("latent",), *bias)
-        self.kv_b_proj = Linear((rank,), (heads, n + v), ("latent",), head, False, run, out_first=True)
+        self.kv_b_proj = Linear((rank,), (heads, n + v), ("latent",), head, False, run)
         self.o_proj = Linear((heads, v), (width,), head, ("embed",), False, run)
 
     def __call__(

@@ -10,9 +10,6 @@ from optax import contrib
 
 from iv3jax.typing import Params
 
-_INPUT_AXES = {"embed": 1, "mlp": 1, "latent": 1, "patch": 1, "heads": 2}
-"""First logical axis of a kernel → how many of its axes are summed over."""
-
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -50,10 +47,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, boxed: Params) -> optax.
         if path[-1].key != "kernel" or "lm_head" in (p.key for p in path):
             return None
         first = int(box.names[0] == "layers")
-        if box.names[-2:] == ("head_dim", "latent"):  # kv_b_proj, the one kernel stored with its output first
-            return contrib.MuonDimensionNumbers((first + 2,), (first, first + 1))
-        last = first + _INPUT_AXES[box.names[first]]
-        return contrib.MuonDimensionNumbers(tuple(range(first, last)), tuple(range(last, len(box.names))))
+        # Inputs come last; only those of an output projection are two axes, heads and their dims.
+        inputs = len(box.names) - (2 if box.names[-1] == "head_dim" else 1)
+        return contrib.MuonDimensionNumbers(tuple(range(inputs, len(box.names))), tuple(range(first, inputs)))
 
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     numbers: Any = jax.tree_util.tree_map_with_path(dimensions, boxed, is_leaf=is_box)

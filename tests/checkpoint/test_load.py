@@ -55,7 +55,7 @@ def test_bit_equal(tmp_path, attention, dtype, shards, mesh):
     kernel = loaded.params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert len(kernel.sharding.device_set) == (1 if mesh is None else 8)
     parts = (mesh or {}).get("fsdp", 1), (mesh or {}).get("tensor", 1)
-    assert kernel.addressable_shards[0].data.shape == (3, 24 // parts[0], 32 // parts[1])
+    assert kernel.addressable_shards[0].data.shape == (3, 32 // parts[1], 24 // parts[0])
 
 
 def test_dtype_asked_for(tmp_path):
@@ -97,7 +97,7 @@ def test_preset_on_a_mesh_has_the_numbers_of_one_device():
     assert jax.tree.all(
         jax.tree.map(lambda a, b: bool(np.allclose(a, b, atol=1e-6)), one.params, many.params)
     )
-    assert many.params["lm_head"]["kernel"].addressable_shards[0].data.shape == (32, 256)
+    assert many.params["lm_head"]["kernel"].addressable_shards[0].data.shape == (256, 32)
 
 
 def test_sources_that_are_no_model(tmp_path):

@@ -40,7 +40,9 @@ def assert_quantised(got, loose, weights: str) -> None:
         stacked = {"layers", "blocks", "deepstack_merger_list"} & set(path)
         layers = zip(value, codes, scale, strict=True) if stacked else [(value, codes, scale)]
         for layer, own_codes, own_scale in layers:
-            expected = quantize(layer, layer.ndim - (own_scale.ndim - 1), weights)
+            outputs = own_scale.ndim - 1
+            inputs_first = np.moveaxis(layer, range(outputs), range(-outputs, 0))
+            expected = quantize(inputs_first, layer.ndim - outputs, weights)
             np.testing.assert_array_equal(own_codes, expected[0], err_msg=str(path))
             np.testing.assert_array_equal(own_scale, expected[1], err_msg=str(path))
     assert not got

@@ -101,12 +101,12 @@ def test_layout_of_heads():
     ours = {k: {p: np.asarray(x[1]) for p, x in leaf.items()} for k, leaf in attention.items()}
     head, inner, width = 2, 3, 4
     assert (
-        ours["q_proj"]["kernel"][width, head, n + inner]
+        ours["q_proj"]["kernel"][head, n + inner, width]
         == theirs["q_proj.weight"][head * (n + e) + n + inner, width]
     )
     assert ours["q_proj"]["bias"][head, inner] == theirs["q_proj.bias"][head * (n + e) + inner]
     assert (
-        ours["kv_b_proj"]["kernel"][5, head, n + inner]
+        ours["kv_b_proj"]["kernel"][head, n + inner, 5]
         == theirs["kv_b_proj.weight"][head * (n + v) + n + inner, 5]
     )
-    assert ours["o_proj"]["kernel"][head, inner, width] == theirs["o_proj.weight"][width, head * v + inner]
+    assert ours["o_proj"]["kernel"][width, head, inner] == theirs["o_proj.weight"][width, head * v + inner]

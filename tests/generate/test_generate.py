@@ -196,7 +196,7 @@ def test_seeds(tiny):
 def test_every_step_and_row_draws_anew(tiny):
     """With a head of zeros every token is drawn from the same uniform distribution over 97."""
     model, params = tiny
-    flat = params | {"lm_head": {"kernel": jnp.zeros((20, 97))}}
+    flat = params | {"lm_head": {"kernel": jnp.zeros((97, 20))}}
     batch = batch_of(model.config, [prompts(model.config)[1]] * 3)
     out = generate(
         model, flat, batch, max_new_tokens=NEW, stop_ids=[], sampling=Sampling(temperature=1.0), seed=3

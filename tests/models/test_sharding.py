@@ -109,22 +109,22 @@ def test_every_weight_is_split_as_the_rules_say(attention, mesh):
     layers, tower = placed["language_model"]["layers"], placed["visual"]["tower"]
     shapes = {
         "embed": (placed["embed_tokens"]["embedding"], (96 // t, 24 // f)),
-        "head": (placed["lm_head"]["kernel"], (24 // f, 96 // t)),
-        "up": (layers["mlp"]["up_proj"]["kernel"], (3, 24 // f, 32 // t)),
-        "down": (layers["mlp"]["down_proj"]["kernel"], (3, 32 // t, 24 // f)),
+        "head": (placed["lm_head"]["kernel"], (96 // t, 24 // f)),
+        "up": (layers["mlp"]["up_proj"]["kernel"], (3, 32 // t, 24 // f)),
+        "down": (layers["mlp"]["down_proj"]["kernel"], (3, 24 // f, 32 // t)),
         "norm": (placed["language_model"]["norm"]["scale"], (24,)),
-        "qkv": (tower["blocks"]["qkv"]["kernel"], (3, 16 // f, 3, 4 // t, 4)),
-        "proj": (tower["blocks"]["proj"]["kernel"], (3, 4 // t, 4, 16 // f)),
-        "merger": (tower["deepstack_merger_list"]["linear_fc1"]["kernel"], (2, 64 // f, 64 // t)),
+        "qkv": (tower["blocks"]["qkv"]["kernel"], (3, 3, 4 // t, 4, 16 // f)),
+        "proj": (tower["blocks"]["proj"]["kernel"], (3, 16 // f, 4 // t, 4)),
+        "merger": (tower["deepstack_merger_list"]["linear_fc1"]["kernel"], (2, 64 // t, 64 // f)),
     }
     attention_weights = layers["self_attn"]
     if attention == "m2la":
-        shapes["q"] = (attention_weights["q_proj"]["kernel"], (3, 24 // f, 4 // t, 14))
-        shapes["kv_a"] = (attention_weights["kv_a_proj_with_mqa"]["kernel"], (3, 24 // f, 21))
-        shapes["kv_b"] = (attention_weights["kv_b_proj"]["kernel"], (3, 13, 4 // t, 16))
+        shapes["q"] = (attention_weights["q_proj"]["kernel"], (3, 4 // t, 14, 24 // f))
+        shapes["kv_a"] = (attention_weights["kv_a_proj_with_mqa"]["kernel"], (3, 21, 24 // f))
+        shapes["kv_b"] = (attention_weights["kv_b_proj"]["kernel"], (3, 4 // t, 16, 13))
     else:
-        shapes["q"] = (attention_weights["q_proj"]["kernel"], (3, 24 // f, 8 // t, 8))
-        shapes["k"] = (attention_weights["k_proj"]["kernel"], (3, 24 // f, 4 // t, 8))
+        shapes["q"] = (attention_weights["q_proj"]["kernel"], (3, 8 // t, 8, 24 // f))
+        shapes["k"] = (attention_weights["k_proj"]["kernel"], (3, 4 // t, 8, 24 // f))
     for name, (array, shape) in shapes.items():
         assert {s.data.shape for s in array.addressable_shards} == {shape}, name
         assert len({s.device for s in array.addressable_shards}) == 8
