@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from iv3jax.typing import Array
+from iv3jax.typing import Array, DType
 from kernels_pallas.cached_attention import cached_attention
 from kernels_pallas.latent_attention.reference import latent_attention as _latent_attention
 from kernels_pallas.latent_decode.reference import latent_decode as _latent_decode
@@ -23,6 +23,7 @@ __all__ = [
     "latent_attention",
     "latent_attention_over_cache",
     "latent_decode",
+    "product",
 ]
 
 FEW_QUERIES = 64
@@ -32,8 +33,35 @@ Absorbing costs r+e+r multiplications a query, key and head against n+e+v, expan
 head: at the 8B's sizes they meet at 149 queries, and absorbing needs no expanded keys in memory.
 """
 
+_CPU_PARTS = 4
+"""Pieces of a kernel that a CPU's threads share when there is one token."""
+
 QUERY_BLOCK = 1024
 """Queries worked on at a time once there are more than this."""
+
+
+def product(x: Array, kernel: Array, dtype: DType) -> Array:
+    """x · kernelᵀ: (…, K) and (N, K) → (…, N) in `dtype`."""
+
+    def plain(x: Array, kernel: Array) -> Array:
+        axes = (((x.ndim - 1,), (1,)), ((), ()))
+        return jax.lax.dot_general(x, kernel, axes, preferred_element_type=dtype)
+
+    def shared(x: Array, kernel: Array) -> Array:
+        parts = kernel.reshape(_CPU_PARTS, -1, x.shape[-1])
+        rows = jnp.broadcast_to(x.reshape(-1), (_CPU_PARTS, x.shape[-1]))
+        out = jax.lax.dot_general(parts, rows, (((2,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
+        return out.reshape(*x.shape[:-1], -1)
+
+    # One token on a CPU: XLA gives a matrix-vector product to one thread, several at once to all.
+    if x.size == x.shape[-1] and kernel.shape[0] % _CPU_PARTS == 0 and _on_one_device():
+        return jax.lax.platform_dependent(x, kernel, cpu=shared, default=plain)
+    return plain(x, kernel)
+
+
+def _on_one_device() -> bool:
+    """Whether no mesh of several devices is ambient; there, a reshape could cut across what is sharded."""
+    return jax.sharding.get_abstract_mesh().size <= 1
 
 
 def attention(query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:

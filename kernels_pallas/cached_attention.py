@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.mask import AttentionMask
 
-BLOCK = 256
+BLOCK = 512
 """Queries, and keys, worked on at a time."""
 
 Block = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from iv3jax import ops
 from iv3jax.errors import UserError
 from iv3jax.models import quantized
 from iv3jax.sharding import constrain
@@ -121,19 +122,15 @@ class Linear(nn.Module):
 
     def product(self, x: Array, dtype: DType) -> Array:
         """x·Wᵀ in `dtype`, from factors in the dtype of computing; no bias."""
-        count = len(self.in_shape)
+        lead = x.shape[: x.ndim - len(self.in_shape)]
+        x = x.reshape(*lead, self.rows)
         if self.run.weights is not None:
-            x = x.reshape(*x.shape[: x.ndim - count], self.rows)
             y = quantized.matmul(x, self.kernel_codes, self.kernel_scale, self.run.weights, self.run.dtype)
             return y.astype(dtype)
-        kernel = self.kernel.astype(self.run.dtype)
-        x_axes, kernel_axes = (tuple(range(y.ndim - count, y.ndim)) for y in (x, kernel))
-        return jax.lax.dot_general(
-            x.astype(self.run.dtype),
-            kernel,
-            ((x_axes, kernel_axes), ((), ())),
-            preferred_element_type=dtype,
-        )
+        # As a plain matrix: a product over several axes is one that XLA on a CPU copies the kernel for.
+        kernel = self.kernel.astype(self.run.dtype).reshape(-1, self.rows)
+        y = ops.product(x.astype(self.run.dtype), kernel, dtype)
+        return y.reshape(*lead, *self.out_shape)
 
     def dense(self, x: Array) -> Array:
         """The kernel (*out_shape, *in_shape) in the dtype of computing, for other products with x."""
