@@ -283,7 +283,8 @@ def _rounds(
         f"{OURS} GQA": _Ours(models["gqa"], capacity),
         f"{OURS} M²LA": _Ours(models["m2la"], capacity),
     }
-    ids = np.random.default_rng(0).integers(0, 16000, context)
+    text_tokens = models["m2la"].config.image_token_id  # the special ones come last
+    ids = np.random.default_rng(0).integers(0, text_tokens, context)
     times = {name: _Times() for name in contenders}
     rates = []
     for _ in range(rounds):
