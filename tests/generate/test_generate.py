@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models.peers import ATTENTIONS, conversation, forward, random_model, shapes_in, tiny_config
+from models.peers import (
+    ATTENTIONS,
+    conversation,
+    even_config,
+    forward,
+    random_model,
+    shapes_in,
+    tiny_config,
+)
 
 from iv3jax.data.collate import collate
 from iv3jax.errors import UserError
@@ -18,6 +26,8 @@ from iv3jax.generate.generate import DECODE_BLOCK, generate
 from iv3jax.generate.sampling import Sampling, choose, filtered
 from iv3jax.models.batch import Batch
 from iv3jax.models.cache import init_cache
+from iv3jax.models.internvideo3 import boxed_params
+from iv3jax.sharding import make_mesh, param_shardings
 
 NEVER = [96]
 """A stop token that the greedy texts below do not contain."""
@@ -319,3 +329,18 @@ def test_greedy_choice_takes_the_first_of_equals():
 def test_sampling_refuses(settings_, message):
     with pytest.raises(UserError, match=message):
         Sampling(**settings_)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_mesh_generates_the_same(attention):
+    """Prefill in blocks over the cache, and decode, with batch, heads and weights split over eight devices."""
+    model, params = random_model(even_config(attention))
+    parts = [[60, ("video", 4, 6, 6), 3], [30, ("image", 1, 4, 4), 50]]
+    rows = [[conversation(model.config, items, seed)] for seed, items in enumerate(parts)]
+    batch = collate(rows, model.config, length=128)
+    expected = generate(model, params, batch, max_new_tokens=12, stop_ids=[]).tokens
+    mesh = make_mesh(fsdp=2, tensor=2, context=2)
+    placed = jax.device_put(params, param_shardings(boxed_params(model), mesh))
+    with jax.set_mesh(mesh):
+        assert generate(model, placed, batch, max_new_tokens=12, stop_ids=[]).tokens == expected
