@@ -334,7 +334,7 @@ def test_sampling_refuses(settings_, message):
 @pytest.mark.medium
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_mesh_generates_the_same(attention):
-    """Prefill in blocks over the cache, and decode, with batch, heads and weights split over eight devices."""
+    """Prefill in blocks and decode, with batch, heads and weights split over eight devices."""
     model, params = random_model(even_config(attention))
     parts = [[60, ("video", 4, 6, 6), 3], [30, ("image", 1, 4, 4), 50]]
     rows = [[conversation(model.config, items, seed)] for seed, items in enumerate(parts)]
