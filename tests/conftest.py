@@ -21,6 +21,11 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 
+# How many threads XLA's pool has. A collective of fake devices blocks a thread for each of them, and with as
+# many threads as a small machine has cores, two collectives of eight devices wait for each other for ever.
+os.environ.setdefault("NPROC", "16")
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of golden files: two tiny models with inputs and expected outputs from PyTorch."""

@@ -29,7 +29,7 @@ def plain_losses(hidden, head, labels) -> np.ndarray:
     losses = np.zeros(labels.shape)
     for at in np.ndindex(labels.shape):
         if labels[at] != IGNORE_LABEL:
-            logits = hidden[at].astype(np.float64) @ head.astype(np.float64)
+            logits = hidden[at].astype(np.float64) @ head.astype(np.float64).T
             losses[at] = np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[labels[at]]
     return losses
 
