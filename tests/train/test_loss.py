@@ -25,7 +25,7 @@ from iv3jax.train.loss import cross_entropy, reduced, token_weights
 
 
 def plain_losses(hidden, head, labels) -> np.ndarray:
-    """−log softmax(hidden · head)[label] in float64, token by token."""
+    """−log softmax(hidden · headᵀ)[label] in float64, token by token."""
     losses = np.zeros(labels.shape)
     for at in np.ndindex(labels.shape):
         if labels[at] != IGNORE_LABEL:
@@ -94,7 +94,7 @@ def test_tied_head():
     model, params = random_model(tiny_config("gqa", tie_word_embeddings=True))
     batch = collate([[conversation(model.config, [12])]], model.config, length=12)
     hidden = np.random.default_rng(0).standard_normal((1, 12, 20)).astype(np.float32)
-    expected = plain_losses(hidden, np.asarray(params["embed_tokens"]["embedding"]).T, batch.labels)
+    expected = plain_losses(hidden, np.asarray(params["embed_tokens"]["embedding"]), batch.labels)
     assert difference(cross_entropy(model, params, hidden, batch.labels), expected) <= 1e-5
 
 
