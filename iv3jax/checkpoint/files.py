@@ -26,13 +26,13 @@ _LONGEST_HEADER = 100_000_008
 
 
 class _Header(NamedTuple):
-    """Where a tensor lies and what it is; on a store also its first byte and the one after its last."""
+    """Where a tensor lies and what it is: its file, its first byte there and the one after its last."""
 
     path: AnyPath
     shape: tuple[int, ...]
     dtype: str
-    start: int = 0
-    stop: int = 0
+    start: int
+    stop: int
 
 
 class TensorFiles:
@@ -64,11 +64,14 @@ class TensorFiles:
         """One tensor, in host memory."""
         path, shape, dtype, start, stop = self._headers[name]
         if isinstance(path, StorePath):
-            # The loader takes these dtypes and no others, and says so from the headers.
-            return np.frombuffer(path.read_range(start, stop), DTYPES[dtype]).reshape(shape)
-        # Opened anew each time: a mapping that stays open keeps all that was ever read through it.
-        with _open(path) as file:
-            return file.get_tensor(name)
+            data = np.frombuffer(path.read_range(start, stop), np.uint8)
+        else:
+            # Not through safetensors' mapping, whose pages would be in memory beside the tensor.
+            data = np.fromfile(path, np.uint8, stop - start, offset=start)
+        if data.size != stop - start:
+            raise UserError(f"{path}: ends before {name} does; it was whole when it was opened")
+        # The loader takes these dtypes and no others, and says so from the headers.
+        return data.view(DTYPES[dtype]).reshape(shape)
 
 
 def _open(path: Path) -> safe_open:
@@ -83,17 +86,21 @@ def _open(path: Path) -> safe_open:
 def _headers(path: AnyPath) -> dict[str, _Header]:
     """What a file holds."""
     if isinstance(path, Path):
-        return {name: _Header(path, *kind) for name, kind in _kinds(path).items()}
-    header, size = _read_header(path)
-    # A local file of the same header and size, with a hole for the numbers: the library checks both alike,
-    # that the header is valid, that its tensors fit and that they fill the file.
-    with NamedTemporaryFile(prefix="iv3-header-") as file:
-        file.write(header)
-        file.truncate(size)
-        try:
-            kinds = _kinds(Path(file.name))
-        except UserError as error:
-            raise UserError(str(error).replace(file.name, str(path))) from None
+        kinds = _kinds(path)
+        with path.open("rb") as file:
+            header = file.read(8)
+            header += file.read(int.from_bytes(header, "little"))
+    else:
+        header, size = _read_header(path)
+        # A local file of the same header and size, with a hole for the numbers: the library checks both
+        # alike, that the header is valid, that its tensors fit and that they fill the file.
+        with NamedTemporaryFile(prefix="iv3-header-") as file:
+            file.write(header)
+            file.truncate(size)
+            try:
+                kinds = _kinds(Path(file.name))
+            except UserError as error:
+                raise UserError(str(error).replace(file.name, str(path))) from None
     places = {name: value["data_offsets"] for name, value in json.loads(header[8:]).items() if name in kinds}
     begin = len(header)
     return {
