@@ -176,6 +176,7 @@ def test_dtype_asked_for(tmp_path, word):
     assert load(tmp_path / "out").model.run.dtype == jnp.dtype(word)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtypes", ["norms F32", "mixed"])
 def test_a_mixed_checkpoint_computes(tmp_path, dtypes):
     """Layers in the dtype of most bytes, numbers as of the widest: close to the same weights in fp32."""

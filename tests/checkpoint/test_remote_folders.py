@@ -53,6 +53,7 @@ def refusal(call, path) -> str:
     return text.removeprefix(str(path))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("dtype", "shards"), [("float32", None), ("bfloat16", 3)])
 def test_load_is_bit_equal(remote, tmp_path, dtype, shards):
     config = even_config()

@@ -120,6 +120,7 @@ def test_blocks_over_rows_of_different_length():
         assert difference(result, results[0]) <= TOLERANCE
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_layers_scanned_or_alone(attention):
     """Hidden states and cache of the two forms of one model, with DeepStack, whole and over a cache."""
