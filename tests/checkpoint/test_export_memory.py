@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
-from models.peers import even_config, random_tensors, write_folder
+from models.peers import wide_folder
 
 from iv3jax.bench.export import bench_export, format_table, measure
 from iv3jax.errors import UserError
-from iv3jax.models.config import ModelConfig
 
 
 @pytest.mark.medium
@@ -19,18 +18,7 @@ def test_peak_memory_of_load_and_export(tmp_path):
     """
     if not Path("/proc/self/status").exists():
         pytest.skip("reads a process's peak memory from Linux's /proc")
-    config = even_config(
-        "gqa",
-        vocab_size=16000,
-        hidden_size=640,
-        intermediate_size=2048,
-        num_hidden_layers=8,
-        head_dim=64,
-        mrope_section=(16, 8, 8),
-    ).to_dict()
-    config["vision_config"]["out_hidden_size"] = 640
-    config = ModelConfig.from_dict(config)
-    write_folder(tmp_path / "wide", config, random_tensors(config), shards=5)
+    wide_folder(tmp_path / "wide")
     found = measure(tmp_path / "wide", tmp_path / "out", "50MB")
     assert found.array_bytes > 200e6 and found.files >= 5 and found.shard_bytes <= 50e6 + 1e5
     assert found.peak_bytes <= found.allowed_bytes + 40e6

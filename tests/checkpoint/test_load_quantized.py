@@ -9,14 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.peers import ATTENTIONS, conversation, difference, even_config, random_tensors, write_folder
+from models.peers import (
+    ATTENTIONS,
+    conversation,
+    difference,
+    even_config,
+    random_tensors,
+    wide_folder,
+    write_folder,
+)
 
 from iv3jax.checkpoint.load import load
 from iv3jax.checkpoint.shapes import model_shapes
 from iv3jax.cli import main
 from iv3jax.data.collate import collate
 from iv3jax.errors import UserError
-from iv3jax.models.config import ModelConfig
 from iv3jax.models.layers import Execution
 from iv3jax.models.quantized import FORMATS, quantize
 from iv3jax.sharding import make_mesh
@@ -192,24 +199,12 @@ def test_peak_memory_while_streaming(tmp_path):
     """
     if not Path("/proc/self/status").exists():
         pytest.skip("reads a process's peak memory from Linux's /proc")
-    config = even_config(
-        "gqa",
-        vocab_size=16000,
-        hidden_size=640,
-        intermediate_size=2048,
-        num_hidden_layers=8,
-        head_dim=64,
-        mrope_section=(16, 8, 8),
-    ).to_dict()
-    config["vision_config"]["out_hidden_size"] = 640
-    config = ModelConfig.from_dict(config)
-    write_folder(tmp_path / "wide", config, random_tensors(config), shards=5)
+    wide_folder(tmp_path / "wide")
     root = Path(__file__).parents[2]
     script = WIDE.format(root=str(root), tests=str(root / "tests"), folder=str(tmp_path / "wide"))
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     sizes = json.loads(result.stdout.splitlines()[-1])
     largest = 16000 * 640 * 4
-    print(sizes)
     assert sizes["arrays"] < 70e6
     assert sizes["grown"] <= sizes["arrays"] + largest + 40e6

@@ -137,6 +137,22 @@ def write_folder(
     return folder
 
 
+def wide_folder(folder: Path) -> Path:
+    """240 MB of fp32 in five files of a GQA model, the largest tensors of 41 MB: for tests of peak memory."""
+    config = even_config(
+        "gqa",
+        vocab_size=16000,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        head_dim=64,
+        mrope_section=(16, 8, 8),
+    )
+    assert config.vision_config is not None
+    config = replace(config, vision_config=replace(config.vision_config, out_hidden_size=640))
+    return write_folder(folder, config, random_tensors(config), shards=5)
+
+
 def conversation(config: ModelConfig, items: Sequence[Item], seed: int = 0) -> Sample:
     """Random text with images and videos; a video's temporal patches stand apart, each after two text tokens.
 
