@@ -272,11 +272,6 @@ def make_path(source: PathArgument) -> AnyPath:
     return StorePath(scheme, key)
 
 
-def is_remote(source: PathArgument) -> bool:
-    """Whether a path lies on a store."""
-    return isinstance(make_path(source), StorePath)
-
-
 def remove_folder(path: PathArgument) -> None:
     """Removes a folder and all in it, or nothing where there is none."""
     path = make_path(path)

@@ -12,7 +12,7 @@ from stores import KEY, point_at_nothing, store
 
 from iv3jax import paths
 from iv3jax.errors import UserError
-from iv3jax.paths import StorePath, is_remote, make_path, remove_folder
+from iv3jax.paths import StorePath, make_path, remove_folder
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
@@ -37,11 +37,11 @@ def refusal(call) -> str:
 
 def test_what_is_local_and_what_is_not(tmp_path):
     assert make_path("runs/demo") == Path("runs/demo")
-    assert make_path(tmp_path) == tmp_path and not is_remote(tmp_path)
+    assert make_path(tmp_path) == tmp_path and not isinstance(make_path(tmp_path), StorePath)
     assert make_path("odd:name/x") == Path("odd:name/x")
     for text in ("gs://b/model/", "s3://b/a b/c#1?.mp4"):
         path = make_path(text)
-        assert isinstance(path, StorePath) and is_remote(text) and make_path(path) is path
+        assert isinstance(path, StorePath) and make_path(path) is path
         assert str(path) == text.rstrip("/") and pickle.loads(pickle.dumps(path)) == path
     # pathlib has eaten a slash.
     assert str(make_path(Path("gs://b/model"))) == "gs://b/model"

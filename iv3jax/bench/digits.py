@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from iv3jax.bench.table import as_text
 from iv3jax.checkpoint.load import LoadedModel
 from iv3jax.data.collate import collate, round_up_bucket
 from iv3jax.data.digits import (
@@ -219,7 +219,4 @@ def format_table(result: dict[str, Any]) -> str:
             f"{row['low']:.2f}–{row['high']:.2f}",
             *(show(row[key]) for key in ("control", "blind", "perfect", "recall")),
         )
-    console = Console(width=110)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()
+    return as_text(table, 110)

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from iv3jax.bench.table import as_text
 from iv3jax.checkpoint.export import export
 from iv3jax.checkpoint.load import LoadedModel, load
 from iv3jax.checkpoint.verify import require_torch, torch_model
@@ -368,7 +368,4 @@ def format_table(result: dict[str, Any]) -> str:
             f"{row['floor_share']:.0%}",
             f"{row['logits_difference']:.1e}",
         )
-    console = Console(width=120)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()
+    return as_text(table, 120)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from iv3jax.bench.digits import CASES, answers, batches, make_case, scores
+from iv3jax.bench.table import as_text
 from iv3jax.checkpoint.load import LoadedModel, load
 from iv3jax.data.digits import DigitVideo, Question, conversation
 from iv3jax.models.batch import IGNORE_LABEL, Batch
@@ -142,7 +142,4 @@ def format_table(result: dict[str, Any]) -> str:
             f"{row['same_answers']:.1%}",
             *(f"{score:.3f}" for score in row["scores"].values()),
         )
-    console = Console(width=140)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()
+    return as_text(table, 140)

@@ -70,20 +70,6 @@ class StoreTarget:
                 (self.folder / self._written.pop()).unlink()
 
 
-def upload_folder(local: Path, folder: StorePath, last: str = "config.json") -> None:
-    """Uploads a finished local folder file by file, `last` at the end; the local one is left as it is.
-
-    Raises:
-        UserError: as `StoreTarget`, or the local folder has no file called `last`.
-    """
-    if not (local / last).is_file():
-        raise UserError(f"{local}: has no {last}, so it is not complete; nothing was uploaded")
-    refuse_taken(folder, last)
-    files = sorted(p for p in local.rglob("*") if p.is_file() and p != local / last)
-    for file in [*files, local / last]:
-        (folder / file.relative_to(local).as_posix()).upload(file)
-
-
 def refuse_taken(folder: StorePath, last: str) -> None:
     """Raises UserError if something lies in the folder; without `last` it is what an upload left."""
     if folder.is_file():

@@ -1,15 +1,12 @@
 """Loading: what lies in the files arrives bit for bit, on one device and on a mesh, never twice in memory."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.peers import even_config, random_tensors, to_theirs, wide_folder, write_folder
+from models.peers import even_config, memory_of_load, random_tensors, to_theirs, wide_folder, write_folder
 
 from iv3jax.checkpoint.load import load
 from iv3jax.checkpoint.save import save
@@ -117,29 +114,6 @@ def test_sources_that_are_no_model(tmp_path):
         load(tmp_path, random_weights=True)
 
 
-WIDE = """
-import json, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import jax
-from iv3jax.checkpoint.load import load
-from iv3jax.checkpoint.names import tensors
-from iv3jax.models.config import ModelConfig
-
-def peak():
-    # Not ru_maxrss: a new process starts with its parent's.
-    lines = dict(line.split(":") for line in open("/proc/self/status"))
-    return int(lines["VmHWM"].split()[0]) * 1024
-
-# What tracing and the first array take is not the checkpoint's.
-tensors(ModelConfig.from_file({folder!r}))
-jax.numpy.ones(3).block_until_ready()
-before = peak()
-arrays = jax.tree.leaves(jax.block_until_ready(load({folder!r}).params))
-sizes = [x.nbytes for x in arrays]
-print(json.dumps(dict(grown=peak() - before, arrays=sum(sizes), largest=max(sizes))))
-"""
-
-
 @pytest.mark.medium
 def test_peak_memory_while_streaming(tmp_path):
     """The host never holds more than the arrays and one stacked parameter, mapped pages of files included.
@@ -149,11 +123,6 @@ def test_peak_memory_while_streaming(tmp_path):
     """
     if not Path("/proc/self/status").exists():
         pytest.skip("reads a process's peak memory from Linux's /proc")
-    wide_folder(tmp_path / "wide")
-    root = Path(__file__).parents[2]
-    script = WIDE.format(root=str(root), tests=str(root / "tests"), folder=str(tmp_path / "wide"))
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    sizes = json.loads(result.stdout.splitlines()[-1])
+    sizes = memory_of_load(wide_folder(tmp_path / "wide"))
     assert sizes["arrays"] > 200e6
     assert sizes["grown"] <= sizes["arrays"] + sizes["largest"] + 40e6

@@ -1,8 +1,5 @@
 """Loading with `weights`: the codes of the loaded weights, anywhere, streamed; and its errors."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -14,6 +11,7 @@ from models.peers import (
     conversation,
     difference,
     even_config,
+    memory_of_load,
     random_tensors,
     wide_folder,
     write_folder,
@@ -171,26 +169,6 @@ def test_errors(tmp_path, capsys):
         assert capsys.readouterr().err == "iv3: error: weights 'int4' are not one of int8, nf4\n"
 
 
-WIDE = """
-import json, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import jax
-from iv3jax.checkpoint.load import load
-from iv3jax.checkpoint.names import tensors
-from iv3jax.models.config import ModelConfig
-
-def peak():
-    lines = dict(line.split(":") for line in open("/proc/self/status"))
-    return int(lines["VmHWM"].split()[0]) * 1024
-
-tensors(ModelConfig.from_file({folder!r}))
-jax.numpy.ones(3).block_until_ready()
-before = peak()
-arrays = jax.tree.leaves(jax.block_until_ready(load({folder!r}, weights="nf4").params))
-print(json.dumps(dict(grown=peak() - before, arrays=sum(x.nbytes for x in arrays))))
-"""
-
-
 @pytest.mark.medium
 def test_peak_memory_while_streaming(tmp_path):
     """The host never holds more than the quantised arrays, one parameter and the largest tensor as it lies.
@@ -199,12 +177,7 @@ def test_peak_memory_while_streaming(tmp_path):
     """
     if not Path("/proc/self/status").exists():
         pytest.skip("reads a process's peak memory from Linux's /proc")
-    wide_folder(tmp_path / "wide")
-    root = Path(__file__).parents[2]
-    script = WIDE.format(root=str(root), tests=str(root / "tests"), folder=str(tmp_path / "wide"))
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    sizes = json.loads(result.stdout.splitlines()[-1])
+    sizes = memory_of_load(wide_folder(tmp_path / "wide"), weights="nf4")
     largest = 16000 * 640 * 4
     assert sizes["arrays"] < 70e6
     assert sizes["grown"] <= sizes["arrays"] + largest + 40e6

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from stores import store
 
-from iv3jax.checkpoint.upload import StoreTarget, upload_folder
+from iv3jax.checkpoint.upload import StoreTarget
 from iv3jax.errors import UserError
 from iv3jax.paths import StorePath
 
@@ -74,32 +74,13 @@ def test_an_exception_half_way(folder):
     StoreTarget(folder)
 
 
-def test_targets_that_are_taken(folder, tmp_path):
+def test_targets_that_are_taken(folder):
     (folder / "config.json").write_bytes(b"{}")
-    (tmp_path / "config.json").write_bytes(b"{}")
-    for write in (StoreTarget, lambda place: upload_folder(tmp_path, place)):
-        with pytest.raises(UserError, match="is not empty; name a new folder"):
-            write(folder)
-        with pytest.raises(UserError, match="a file; name a new folder"):
-            write(folder / "config.json")
+    with pytest.raises(UserError, match="is not empty; name a new folder"):
+        StoreTarget(folder)
+    with pytest.raises(UserError, match="a file; name a new folder"):
+        StoreTarget(folder / "config.json")
     assert names(folder) == ["config.json"]
-
-
-def test_a_whole_folder(folder, tmp_path, monkeypatch):
-    local = tmp_path / "model"
-    (local / "inner").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"has no config\.json, so it is not complete"):
-        upload_folder(local, folder)
-    files = {"z.txt": b"z", "inner/a b.bin": b"ab", "config.json": b"{}"}
-    for name, data in files.items():
-        (local / name).write_bytes(data)
-    order: list[str] = []
-    upload = StorePath.upload
-    monkeypatch.setattr(StorePath, "upload", lambda to, file: (order.append(to.name), upload(to, file)))
-    upload_folder(local, folder)
-    assert order[-1] == "config.json" and len(order) == 3
-    assert {name: (folder / name).read_bytes() for name in files} == files
-    assert (local / "z.txt").exists()
 
 
 def test_a_missing_bucket(bucket, tmp_path):

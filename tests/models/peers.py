@@ -4,6 +4,8 @@ Nothing here asserts. torch and transformers are imported only by the functions 
 """
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -151,6 +153,39 @@ def wide_folder(folder: Path) -> Path:
     assert config.vision_config is not None
     config = replace(config, vision_config=replace(config.vision_config, out_hidden_size=640))
     return write_folder(folder, config, random_tensors(config), shards=5)
+
+
+_LOAD = """
+import json, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import jax
+from iv3jax.checkpoint.load import load
+from iv3jax.checkpoint.names import tensors
+from iv3jax.models.config import ModelConfig
+
+def peak():
+    # Not ru_maxrss: a new process starts with its parent's.
+    lines = dict(line.split(":") for line in open("/proc/self/status"))
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+# What tracing and the first array take is not the checkpoint's.
+tensors(ModelConfig.from_file({folder!r}))
+jax.numpy.ones(3).block_until_ready()
+before = peak()
+arrays = jax.tree.leaves(jax.block_until_ready(load({folder!r}, weights={weights!r}).params))
+sizes = [x.nbytes for x in arrays]
+print(json.dumps(dict(grown=peak() - before, arrays=sum(sizes), largest=max(sizes))))
+"""
+
+
+def memory_of_load(folder: Path, weights: str | None = None) -> dict[str, int]:
+    """Loads a folder in a new process: bytes that its peak grows by, of all arrays and of the largest."""
+    root = Path(__file__).parents[2]
+    script = _LOAD.format(root=str(root), tests=str(root / "tests"), folder=str(folder), weights=weights)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def conversation(config: ModelConfig, items: Sequence[Item], seed: int = 0) -> Sample:
