@@ -18,7 +18,6 @@ from iv3jax.checkpoint.files import INDEX, SINGLE, TensorFiles
 from iv3jax.checkpoint.load import load
 from iv3jax.checkpoint.save import save
 from iv3jax.checkpoint.shapes import model_shapes
-from iv3jax.checkpoint.upload import upload_folder
 from iv3jax.data.image import is_picture, read_image
 from iv3jax.data.processor import Processor
 from iv3jax.data.tokenizer import TINY_FOLDER
@@ -180,6 +179,11 @@ def test_video(remote, tmp_path, name):
 
 def upload(local: Path, remote: StorePath) -> None:
     (remote / local.name).upload(local)
+
+
+def upload_folder(local: Path, remote: StorePath) -> None:
+    for file in local.iterdir():
+        upload(file, remote)
 
 
 def test_picture(remote, tmp_path):
