@@ -1,6 +1,6 @@
 # Makes and updates .venv in the checkout. demo.sh and test.sh source it; by hand: bash launch/setup_env.sh dev
 #
-#   source launch/setup_env.sh EXTRA      EXTRA: an extra of setup.cfg (demo, dev, export, tpu, cuda)
+#   source launch/setup_env.sh EXTRA      EXTRA: an extra of setup.cfg (demo, dev, export, tpu, cuda, chips)
 #
 # Afterwards $PYTHON is the environment's interpreter. Nothing is installed when setup.cfg, the constraints
 # and Python are those of the last time. IV3_PYTHON=/path/to/python chooses the interpreter it is made with;

@@ -16,6 +16,11 @@ case "${1:-}" in
   --slow) tier="slow"; shift ;;
 esac
 
+if [ "$tier" = slow ]; then
+  # The compilers of chips that are not here.
+  source launch/setup_env.sh chips
+fi
+
 export JAX_PLATFORMS=cpu
 stage() { echo "[test] $*"; }
 
