@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
 
 from iv3jax.errors import UserError
 from kernels_pallas.choice import Chip, target
@@ -75,6 +76,24 @@ def devices(chip: str, topology: str | None = None) -> Sequence[Any]:
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{chip} chips as {topology}: {str(error).splitlines()[0]}") from error
     return found.devices
+
+
+def compile_on(chip: str, mesh: Mesh, function: Callable[..., Any], shardings: Any, *shapes: Any) -> Any:
+    """Compiles a function for the devices of a mesh → jax's compiled program.
+
+    Args:
+        chip: what the mesh's devices are, a key of CHIPS.
+        mesh: of `devices`; ambient while the function is traced.
+        shardings: a PartitionSpec for each argument, or a pytree of them.
+        shapes: a pytree of `jax.ShapeDtypeStruct` an argument.
+    """
+    placed = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        shapes,
+        tuple(shardings),
+    )
+    with target(CHIPS[chip]), jax.set_mesh(mesh):
+        return jax.jit(function).lower(*placed).compile()
 
 
 def compile_for(chip: str, function: Callable[..., Any], *shapes: Any, donate: Sequence[int] = ()) -> Any:

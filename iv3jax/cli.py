@@ -53,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--random-weights", action="store_true", help="allow a preset, with random weights")
     sub.add_argument("--weights", help="int8 or nf4: store the linear layers so (default: as they are)")
+    sub.add_argument(
+        "--cache-dtype", help="float32, bfloat16, int8 or float8_e4m3fn (default: the dtype of computing)"
+    )
     sub.add_argument("--fps", type=float, help="frames to sample per second (default: the model folder's)")
     sub.add_argument("--max-frames", type=int, help="most frames to sample (default: the model folder's)")
     sub.add_argument("--max-new-tokens", type=int, default=256)
@@ -76,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("cases", nargs="*", help="golden cases (.safetensors)")
     sub.add_argument("--processing", metavar="FILE.json", help="golden processing tables")
     sub.add_argument("--tolerance", type=float, default=2e-4, help="largest difference that passes")
+    sub.add_argument("--implementation", help="xla, tpu or gpu: of M²LA's kernels (default: the chip's)")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("shapes", _shapes, "Tensor names and shapes of a model, without making it.")
@@ -89,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the experiment to change")
 
     sub = command("bench", _bench, "Measure something, side by side with its control or peer.")
-    sub.add_argument("name", choices=["digits", "generate", "weights", "export"])
+    sub.add_argument("name", choices=["digits", "generate", "weights", "cache", "kernels", "tune", "export"])
     sub.add_argument("--model", help="model folder (default: the model that launch/demo.sh trained)")
     sub.add_argument("--samples", type=int, help="held-out videos per row (default: 500, weights 100)")
     sub.add_argument("--seed", type=int, default=1, help="which held-out videos (default 1)")
@@ -101,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 def _ask(args: argparse.Namespace) -> int:
     from iv3jax.generate.ask import ask
     from iv3jax.generate.sampling import Sampling
+    from iv3jax.models.cache import CACHE_DTYPES
     from iv3jax.models.presets import PRESETS
 
     if not args.question.strip():
@@ -108,6 +113,8 @@ def _ask(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_p, args.top_k)
     if args.random_weights and args.model in PRESETS and args.model != "tiny":
         raise UserError(f"{args.model}: this preset has no tokenizer, so it cannot be asked; tiny can")
+    if args.cache_dtype not in (None, *CACHE_DTYPES):
+        raise UserError(f"--cache-dtype {args.cache_dtype} is not one of {', '.join(CACHE_DTYPES)}")
     model = _load(args.model, args.random_weights, args.weights)
     answer = ask(
         model,
@@ -117,6 +124,7 @@ def _ask(args: argparse.Namespace) -> int:
         max_frames=args.max_frames,
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
+        cache_dtype=args.cache_dtype,
         seed=args.seed,
         on_text=None if args.json else lambda text: print(text, end="", flush=True),
     )
@@ -162,6 +170,7 @@ def _report(answer: "Answer") -> str:
         f"cache    {answer.cache_bytes:,} bytes",
         f"speed    {answer.prefill_tokens_per_second:,.0f} prompt and "
         f"{answer.decode_tokens_per_second:,.0f} new tokens/s, compiling left out",
+        f"kernels  {', '.join(f'{op} {name}' for op, name in answer.kernels.items())}",
     ]
     if not answer.stopped:
         lines.append("the answer was cut at --max-new-tokens")
@@ -207,7 +216,7 @@ def _parity(args: argparse.Namespace) -> int:
     if args.processing is not None:
         rows += [(row, 0.0) for row in processing_parity(args.processing)]
     if args.cases:
-        rows += [(row, args.tolerance) for row in model_parity(args.model, args.cases)]
+        rows += [(row, args.tolerance) for row in model_parity(args.model, args.cases, args.implementation)]
     results = []
     for row, tolerance in rows:
         # A NaN is no smaller than any tolerance.

@@ -1,67 +1,91 @@
-"""The one door between models and kernels_pallas: it picks the implementation of each operation.
+"""The one door between models and kernels_pallas: each operation on the ambient mesh, by the chosen version.
 
-Today every operation has its XLA form only. Long sequences are cut into blocks of queries, each
-recomputed in the backward pass, so that no T × S array of logits is ever whole in memory.
+The kernels of M²LA see one device's part of everything (`sharding.split`). Where the sequence is split over
+the mesh's context axis, devices exchange latents, r+e numbers a token, never keys and values; where a cache
+is, each device looks at its own slots and the results are merged by their log-sum-exps.
 """
 
+import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 
-from iv3jax.typing import Array, DType
+from iv3jax.errors import UserError
+from iv3jax.sharding import axes_over, split
+from iv3jax.typing import Array
 from kernels_pallas.cached_attention import cached_attention
-from kernels_pallas.latent_attention.reference import latent_attention as _latent_attention
-from kernels_pallas.latent_decode.reference import latent_decode as _latent_decode
+from kernels_pallas.choice import IMPLEMENTATIONS, ImplementationError, chip, log_line, taken
+from kernels_pallas.latent_attention import ops as latent_attention_ops
+from kernels_pallas.latent_compress import ops as latent_compress_ops
+from kernels_pallas.latent_decode import ops as latent_decode_ops
+from kernels_pallas.latent_prefill import ops as latent_prefill_ops
+from kernels_pallas.latents import Latents
 from kernels_pallas.mask import AttentionMask, masked_softmax
+from kernels_pallas.product import product
+from kernels_pallas.query_blocks import in_query_blocks
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "AttentionMask",
     "attention",
     "attention_over_cache",
+    "few_queries",
     "latent_attention",
-    "latent_attention_over_cache",
+    "latent_compress",
+    "latent_compress_into",
     "latent_decode",
+    "latent_prefill",
+    "log_line",
     "product",
+    "taken",
 ]
 
-FEW_QUERIES = 64
-"""Up to this many new tokens a row, attention over a cache looks at all slots at once, M²LA's absorbed.
+EXPANDED_BYTES = 1 << 30
+"""Keys and values expanded from latents at one time; more are made for some heads after the others."""
 
-Absorbing costs r+e+r multiplications a query, key and head against n+e+v, expanding r·(n+v) a key and
-head: at the 8B's sizes they meet at 149 queries, and absorbing needs no expanded keys in memory.
+Operation = TypeVar("Operation", bound=Callable[..., Any])
+
+
+def _for_people(operation: Operation) -> Operation:
+    """The operation, whose refusals are UserErrors."""
+
+    @wraps(operation)
+    def called(*args: Any, **named: Any) -> Any:
+        try:
+            return operation(*args, **named)
+        except ImplementationError as error:
+            raise UserError(str(error)) from error
+
+    return cast(Operation, called)
+
+
+_HIDDEN = ("batch", "sequence", None)
+_HEADS = ("batch", "sequence", "act_heads", None)
+_CACHE = (
+    ("layers", "batch", "slots", None),
+    ("layers", "batch", None, "slots"),
+    ("layers", "batch", "slots", None),
+)
+"""The logical axes of Latents."""
+
+
+FEW_QUERIES = 64
+"""Up to this many new tokens a row M²LA is absorbed over a cache, and GQA looks at all slots at once.
+
+Absorbing costs r+e+r multiplications a query, key and head against n+e+v, expanding r·(n+v) a key and head:
+at the 8B's sizes they meet at 149 queries, and absorbing needs no expanded keys in memory.
 """
 
-_CPU_PARTS = 4
-"""Pieces of a kernel that a CPU's threads share when there is one token."""
-
-QUERY_BLOCK = 1024
-"""Queries worked on at a time once there are more than this."""
+_QUERY_ROWS = 512
+"""Queries times heads of a row of the batch that a chip keeps beside the tiles of the cache."""
 
 
-def product(x: Array, kernel: Array, dtype: DType) -> Array:
-    """x · kernelᵀ: (…, K) and (N, K) → (…, N) in `dtype`."""
-
-    def plain(x: Array, kernel: Array) -> Array:
-        axes = (((x.ndim - 1,), (1,)), ((), ()))
-        return jax.lax.dot_general(x, kernel, axes, preferred_element_type=dtype)
-
-    def shared(x: Array, kernel: Array) -> Array:
-        parts = kernel.reshape(_CPU_PARTS, -1, x.shape[-1])
-        rows = jnp.broadcast_to(x.reshape(-1), (_CPU_PARTS, x.shape[-1]))
-        out = jax.lax.dot_general(parts, rows, (((2,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
-        return out.reshape(*x.shape[:-1], -1)
-
-    # One token on a CPU: XLA gives a matrix-vector product to one thread, several at once to all.
-    if x.size == x.shape[-1] and kernel.shape[0] % _CPU_PARTS == 0 and _on_one_device():
-        return jax.lax.platform_dependent(x, kernel, cpu=shared, default=plain)
-    return plain(x, kernel)
-
-
-def _on_one_device() -> bool:
-    """Whether no mesh of several devices is ambient; there, a reshape could cut across what is sharded."""
-    return jax.sharding.get_abstract_mesh().size <= 1
+def few_queries(heads: int) -> int:
+    """FEW_QUERIES, or as many as a TPU's or GPU's decoding kernel takes with so many heads."""
+    return FEW_QUERIES if chip().platform == "cpu" else max(1, min(FEW_QUERIES, _QUERY_ROWS // heads))
 
 
 def attention(query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
@@ -82,18 +106,7 @@ def attention(query: Array, key: Array, value: Array, mask: AttentionMask) -> Ar
         out = jnp.einsum("bgqts,bsgk->btgqk", weights.astype(value.dtype), value)
         return out.reshape(rows, tokens, heads, dim)
 
-    return _in_query_blocks(block, mask, query)
-
-
-def latent_attention(
-    q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array, value: Array, mask: AttentionMask
-) -> Array:
-    """Expanded M²LA attention; shapes as in `kernels_pallas.latent_attention.reference`."""
-
-    def block(mask: AttentionMask, q_nope: Array, q_rope: Array) -> Array:
-        return _latent_attention(q_nope, q_rope, k_nope, k_rope, value, mask)
-
-    return _in_query_blocks(block, mask, q_nope, q_rope)
+    return in_query_blocks(block, mask, query)
 
 
 def attention_over_cache(query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
@@ -107,13 +120,13 @@ def attention_over_cache(query: Array, key: Array, value: Array, mask: Attention
     """
     rows, tokens, heads, dim = query.shape
     groups, capacity = key.shape[1:3]
-    if tokens > FEW_QUERIES:
+    if tokens > few_queries(heads):
 
         def block(start: Array, size: int) -> tuple[Array, Array]:
             cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2)
             return cut(key).astype(query.dtype), cut(value).astype(query.dtype)
 
-        return cached_attention(query, block, mask, capacity, dim, dim**-0.5)
+        return cached_attention(query, block, mask, capacity, dim, dim**-0.5)[0]
     grouped = query.reshape(rows, tokens, groups, -1, dim).swapaxes(1, 2).reshape(rows, groups, -1, dim)
     key, value = key.astype(query.dtype), value.astype(query.dtype)
     logits = jnp.einsum("bgtk,bgsk->bgts", grouped, key, preferred_element_type=jnp.float32)
@@ -124,57 +137,189 @@ def attention_over_cache(query: Array, key: Array, value: Array, mask: Attention
     return out.reshape(rows, groups, tokens, -1, dim).swapaxes(1, 2).reshape(rows, tokens, heads, dim)
 
 
-def latent_attention_over_cache(
-    q_nope: Array, q_rope: Array, latent: Array, kernel: Array, mask: AttentionMask
+@_for_people
+def latent_compress(
+    x: Array, kernel: Array, bias: Array | None, cos: Array, sin: Array, *, implementation: str | None = None
 ) -> Array:
-    """M²LA of many new tokens over a cache, each block of latents expanded when it is looked at.
+    """Hidden states → [c ‖ rotated k_rope] (B, T, r+e); see kernels_pallas.latent_compress.ops."""
+
+    def local(x: Array, kernel: Array, bias: Array | None, cos: Array, sin: Array) -> Array:
+        return latent_compress_ops.latent_compress(x, kernel, bias, cos, sin, implementation=implementation)
+
+    inputs = [_HIDDEN, (None, None), (None,), _HIDDEN, _HIDDEN]
+    return split(local, inputs, [_HIDDEN], x, kernel, bias, cos, sin)
+
+
+@_for_people
+def latent_compress_into(
+    latents: Latents,
+    layer: Array,
+    offsets: Array,
+    counts: Array,
+    x: Array,
+    kernel: Array,
+    bias: Array | None,
+    cos: Array,
+    sin: Array,
+    *,
+    implementation: str | None = None,
+) -> Latents:
+    """The cache with the rows' first `counts` tokens written from slot `offsets` on; see the kernel's ops."""
+    across = axes_over("slots", latents.capacity)
+
+    def local(
+        values: Array, scale: Array | None, k_rope: Array | None, layer: Array, offsets: Array, *rest: Any
+    ) -> tuple:
+        here = Latents(values, scale, k_rope)
+        offsets = offsets - _first_slot(across, here)
+        written, _ = latent_compress_ops.latent_compress_into(
+            here, layer, offsets, *rest, implementation=implementation
+        )
+        return tuple(x for x in written if x is not None)
+
+    tokens = ("batch", None, None)
+    inputs = [*_CACHE, (), ("batch",), ("batch",), tokens, (None, None), (None,), tokens, tokens]
+    outputs = _CACHE if latents.quantized else _CACHE[:1]
+    out = split(local, inputs, outputs, *latents, layer, offsets, counts, x, kernel, bias, cos, sin)
+    return Latents(*out) if isinstance(out, tuple) else Latents(out)
+
+
+@_for_people
+def latent_attention(
+    query: Array, latent: Array, kernel: Array, mask: AttentionMask, implementation: str | None = None
+) -> Array:
+    """M²LA of whole sequences, keys and values expanded from the latents (SPEC §2).
 
     Args:
-        q_nope: (B, T, H, n). q_rope: (B, T, H, e), rotated.
-        latent: (B, S, r+e), the cache of one layer: [c ‖ rotated k_rope].
+        query: (B, T, H, n+e), [q_nope ‖ rotated q_rope].
+        latent: (B, T, r+e), [c ‖ rotated k_rope].
         kernel: (H, n+v, r), from a latent to each head's [k_nope ‖ value].
+        mask: of tokens among themselves; `key_segments` and `query_slots` are needed.
 
     Returns:
-        (B, T, H, v) in q_nope's dtype; softmax in fp32. Rows that see nothing are 0.
+        (B, T, H, v) in query's dtype.
     """
-    n, (both, rank) = q_nope.shape[-1], kernel.shape[1:]
+    across = axes_over("sequence", query.shape[1])
 
-    def block(start: Array, size: int) -> tuple[Array, Array]:
-        part = jax.lax.dynamic_slice_in_dim(latent, start, size, axis=1).astype(q_nope.dtype)
-        expanded = jnp.einsum("bsr,hkr->bhsk", part[..., :rank], kernel)
-        k_rope = jnp.broadcast_to(part[:, None, :, rank:], (*expanded.shape[:3], part.shape[-1] - rank))
-        return jnp.concatenate([expanded[..., :n], k_rope], axis=-1), expanded[..., n:]
+    def local(
+        query: Array, latent: Array, kernel: Array, segments: Array, slots: Array, key_slots: Array | None
+    ) -> Array:
+        key_segments = segments
+        if across:
+            gather = partial(jax.lax.all_gather, axis_name=across, axis=1, tiled=True)
+            key_slots = gather(slots)
+            latent, key_segments = gather(latent), gather(segments)
+        seen = AttentionMask(segments, key_segments, slots, key_slots)
+        return _expanded(query, latent, kernel, seen, implementation)
 
-    query = jnp.concatenate([q_nope, q_rope], axis=-1)
-    return cached_attention(query, block, mask, latent.shape[1], both - n, query.shape[-1] ** -0.5)
+    assert mask.query_slots is not None
+    tokens = ("batch", "sequence")
+    inputs = [_HEADS, _HIDDEN, ("act_heads", None, None), tokens, tokens, tokens]
+    given = (query, latent, kernel, mask.query_segments, mask.query_slots, mask.key_slots)
+    return split(local, inputs, [_HEADS], *given)
 
 
-def latent_decode(q_latent: Array, q_rope: Array, latent: Array, mask: AttentionMask, scale: float) -> Array:
-    """Absorbed M²LA attention of a few new tokens over a cache; shapes as in its reference."""
-    return _latent_decode(q_latent, q_rope, latent, mask, scale)
+def _expanded(
+    query: Array, latent: Array, kernel: Array, mask: AttentionMask, implementation: str | None
+) -> Array:
+    """Attention with keys and values expanded for as many heads at a time as EXPANDED_BYTES allow."""
+    heads, both, rank = kernel.shape
+    c, k_rope = latent[..., :rank], latent[..., rank:]
+
+    def attend(query: Array, kernel: Array) -> Array:
+        kv = jnp.einsum("bsr,hkr->bshk", c, kernel)
+        return latent_attention_ops.latent_attention(query, kv, k_rope, mask, implementation=implementation)
+
+    one_head = math.prod(c.shape[:2]) * both * c.dtype.itemsize
+    groups = next(
+        g
+        for g in range(1, heads + 1)
+        if heads % g == 0 and one_head * heads <= g * max(EXPANDED_BYTES, one_head)
+    )
+    if groups == 1:
+        return attend(query, kernel)
+    # Backwards keys and values are expanded again, but attention itself is not computed again.
+    kept = jax.checkpoint_policies.save_only_these_names(*latent_attention_ops.RESIDUALS)
+
+    @partial(jax.checkpoint, policy=kept)
+    def one(first: Array) -> Array:
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=heads // groups)
+        return attend(cut(query, axis=2), cut(kernel, axis=0))
+
+    out = jax.lax.map(one, jnp.arange(groups) * (heads // groups))
+    return jnp.moveaxis(out, 0, 2).reshape(*query.shape[:3], -1)
 
 
-def _in_query_blocks(attend: Callable[..., Array], mask: AttentionMask, *queries: Array) -> Array:
-    """attend(mask, *queries), block of queries by block of queries if there are many."""
-    tokens = queries[0].shape[1]
-    if tokens <= QUERY_BLOCK:
-        return attend(mask, *queries)
-    blocks = -(-tokens // QUERY_BLOCK)
-    padding = blocks * QUERY_BLOCK - tokens
+@_for_people
+def latent_prefill(
+    query: Array,
+    latents: Latents,
+    layer: Array,
+    kernel: Array,
+    slots: Array,
+    implementation: str | None = None,
+) -> Array:
+    """M²LA of many new tokens over a cache (B, T, H, v); see latent_prefill.ops there."""
 
-    def padded(x: Array) -> Array:
-        return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+    def attend(
+        latents: Latents, layer: Array, slots: Array, query: Array, kernel: Array
+    ) -> tuple[Array, Array]:
+        return latent_prefill_ops.latent_prefill(
+            query, latents, layer, kernel, slots, implementation=implementation
+        )
 
-    queries = tuple(padded(q) for q in queries)
-    slots = None if mask.query_slots is None else padded(mask.query_slots)
-    # Padded queries are of segment 0, which sees nothing.
-    mask = AttentionMask(padded(mask.query_segments), mask.key_segments, slots)
+    inputs = [("batch", None, "act_heads", None), ("act_heads", None, None)]
+    return _over_cache(attend, latents, layer, slots, inputs, query, kernel).astype(query.dtype)
 
-    @jax.checkpoint
-    def one(start: Array) -> Array:
-        parts = (jax.lax.dynamic_slice_in_dim(q, start, QUERY_BLOCK, axis=1) for q in queries)
-        return attend(mask.block(start, QUERY_BLOCK), *parts)
 
-    out = jax.lax.map(one, jnp.arange(blocks) * QUERY_BLOCK)
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], blocks * QUERY_BLOCK, *out.shape[3:])[:, :tokens]
+@_for_people
+def latent_decode(
+    q_latent: Array,
+    q_rope: Array,
+    latents: Latents,
+    layer: Array,
+    slots: Array,
+    scale: float,
+    implementation: str | None = None,
+) -> Array:
+    """Absorbed M²LA of a few new tokens over a cache (B, T, H, r) fp32; see latent_decode.ops there."""
+
+    def attend(
+        latents: Latents, layer: Array, slots: Array, q_latent: Array, q_rope: Array
+    ) -> tuple[Array, Array]:
+        return latent_decode_ops.latent_decode(
+            q_latent, q_rope, latents, layer, slots, scale, implementation=implementation
+        )
+
+    heads = ("batch", None, "act_heads", None)
+    return _over_cache(attend, latents, layer, slots, [heads, heads], q_latent, q_rope)
+
+
+def _over_cache(
+    attend: Any, latents: Latents, layer: Array, slots: Array, inputs: list, *queries: Array
+) -> Array:
+    """attend(latents, layer, slots, *queries) → (out, lse), on each device's slots, and merged."""
+    across = axes_over("slots", latents.capacity)
+
+    def local(
+        values: Array, scale: Array | None, k_rope: Array | None, layer: Array, slots: Array, *queries: Array
+    ) -> Array:
+        here = Latents(values, scale, k_rope)
+        # Below zero, none of the slots here are seen.
+        slots = jnp.minimum(slots - _first_slot(across, here), here.capacity - 1)
+        out, lse = attend(here, layer, slots, *queries)
+        if not across:
+            return out
+        largest = jax.lax.pmax(lse, across)
+        weight = jnp.where(lse == -jnp.inf, 0, jnp.exp(lse - jnp.where(largest == -jnp.inf, 0, largest)))
+        total = jax.lax.psum(weight, across)
+        out = jax.lax.psum(out.astype(jnp.float32) * weight[..., None], across)
+        return out / jnp.where(total == 0, 1, total)[..., None]
+
+    specs = [*_CACHE, (), ("batch", None), *inputs]
+    return split(local, specs, [("batch", None, "act_heads", None)], *latents, layer, slots, *queries)
+
+
+def _first_slot(across: tuple[str, ...], here: Latents) -> Array | int:
+    """The slot of the whole cache that this device's part begins with."""
+    return jax.lax.axis_index(across) * here.capacity if across else 0

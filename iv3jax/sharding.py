@@ -5,10 +5,12 @@ split), `tensor` (heads, hidden units and vocabulary split).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from iv3jax.errors import UserError
@@ -33,7 +35,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
     "sequence": ("context",),
-    "slots": (),
+    "slots": ("context",),
     "hidden": (),
     "act_heads": ("tensor",),
     "act_mlp": ("tensor",),
@@ -99,6 +101,87 @@ def constrain(x: Array, *names: str | None) -> Array:
     for size, axes in zip(x.shape, partition_spec(names, mesh.axis_names), strict=True):
         entries.append(axes if size % _parts(mesh, axes) == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def axes_over(name: str, *sizes: int) -> tuple[str, ...]:
+    """The mesh axes that split a logical axis: all of its rule's, or none if a size does not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else tuple(a for a in RULES[name] if mesh.shape.get(a, 1) > 1)
+    return axes if all(size % _parts(mesh, axes) == 0 for size in sizes) else ()
+
+
+Axes = Sequence[str | None]
+"""The logical axes of one array."""
+
+
+def split(
+    function: Callable[..., Any], inputs: Sequence[Axes | None], outputs: Sequence[Axes], *args: Array | None
+) -> Any:
+    """function(*args) on every device's own part of the arguments; as it is without a mesh.
+
+    What the compiler cannot split by itself, a kernel above all, is called so. A logical axis of which some
+    size does not divide stays whole.
+
+    Args:
+        function: takes and returns parts. Collectives name the mesh axes that `axes_over` gives.
+        inputs: the logical axes of each argument; None for one that is None.
+        outputs: those of each result, of which there are two or more, or one alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*args)
+    sizes: dict[str, set[int]] = {}
+    for names, x in zip(inputs, args, strict=True):
+        if x is not None and names is not None:
+            for name, size in zip(names, x.shape, strict=True):
+                if name is not None:
+                    sizes.setdefault(name, set()).add(size)
+
+    def spec(names: Axes | None) -> PartitionSpec | None:
+        if names is None:
+            return None
+        return PartitionSpec(*(name and (axes_over(name, *sizes[name]) or None) for name in names))
+
+    given = [i for i, x in enumerate(args) if x is not None]
+
+    def called(*parts: Array | None) -> Any:
+        full: list[Array | None] = [None] * len(args)
+        for i, part in zip(given, parts, strict=True):
+            full[i] = part
+        return function(*full)
+
+    specs = tuple(spec(names) for names in outputs)
+    return jax.shard_map(
+        called,
+        mesh=mesh,
+        in_specs=tuple(spec(inputs[i]) for i in given),
+        out_specs=specs if len(specs) > 1 else specs[0],
+        check_vma=False,
+    )(*(args[i] for i in given))
+
+
+def whole_parts(name: str, size: int) -> int:
+    """The size rounded up to what the ambient mesh splits a logical axis into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else _parts(mesh, tuple(a for a in RULES[name] if a in mesh.shape))
+    return -(-size // parts) * parts
+
+
+def zigzag(length: int, parts: int) -> np.ndarray:
+    """(length,) int32: the order in which equal shards of a causal sequence have equal work.
+
+    Of 2·parts chunks shard i holds chunk i and chunk 2·parts−1−i, one early and one late.
+
+    Raises:
+        UserError: a length that 2·parts does not divide.
+    """
+    if length % (2 * parts):
+        raise UserError(
+            f"a sequence of {length} tokens is not split over {parts} devices in zig-zag; "
+            f"make the length a multiple of {2 * parts}"
+        )
+    chunks = np.arange(length, dtype=np.int32).reshape(2 * parts, -1)
+    return np.concatenate([chunks[[i, 2 * parts - 1 - i]].reshape(-1) for i in range(parts)])
 
 
 def param_shardings(boxed: Params, mesh: Mesh) -> Params:

@@ -19,6 +19,9 @@ TABLE: dict[str, dict[tuple[str, str], Blocks]] = {
 }
 """Chip → (operation, its key for the shapes) → block sizes."""
 
+asked: dict[str, tuple[str, Blocks]] = {}
+"""Operation → the key it last asked with and what it was given: where the tuner begins."""
+
 _override: ContextVar[dict[str, Blocks] | None] = ContextVar("override", default=None)
 
 
@@ -37,7 +40,8 @@ def pick(op: str, key: str, heuristic: Mapping[str, int]) -> Blocks:
     chosen = TABLE.get(chip().name, {}).get((op, key), {}) | (_override.get() or {}).get(op, {})
     if unknown := set(chosen) - set(heuristic):
         raise ValueError(f"{op}: unknown block size {sorted(unknown)[0]!r}; it has {', '.join(heuristic)}")
-    return dict(heuristic) | chosen
+    asked[op] = (key, dict(heuristic) | chosen)
+    return asked[op][1]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ Block = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 
 def cached_attention(
     query: jax.Array, block: Block, mask: AttentionMask, capacity: int, value_dim: int, scale: float
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """softmax(query · key · scale) · value over the slots that the mask allows.
 
     Args:
@@ -30,7 +30,8 @@ def cached_attention(
         capacity: S, slots of the cache.
 
     Returns:
-        (B, T, H, v) in query's dtype; logits and softmax in fp32. Rows that see nothing are 0.
+        (B, T, H, v) in query's dtype, and the log-sum-exp of the logits (B, T, H) fp32; logits and softmax in
+        fp32. Rows that see nothing are 0 and −inf.
     """
     assert mask.query_slots is not None
     rows, tokens, heads, _ = query.shape
@@ -87,7 +88,11 @@ def cached_attention(
         jnp.zeros((*shape, 1)),
         jnp.zeros((*shape, value_dim)),
     )
-    _, total, out = jax.lax.fori_loop(0, jnp.max(newest) // size + 1, over_keys, state)
+    highest, total, out = jax.lax.fori_loop(0, jnp.max(newest) // size + 1, over_keys, state)
     out = (out / jnp.where(total == 0, 1, total)).astype(query.dtype)
-    out = out.reshape(count, rows, groups, per_group, width, value_dim).transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(rows, count * width, heads, value_dim)[:, :tokens]
+
+    def tokens_first(x: jax.Array) -> jax.Array:
+        x = x.reshape(count, rows, groups, per_group, width, -1).transpose(1, 0, 4, 2, 3, 5)
+        return x.reshape(rows, count * width, heads, -1)[:, :tokens]
+
+    return tokens_first(out), tokens_first(highest + jnp.log(total))[..., 0]

@@ -64,6 +64,10 @@ def target(chip: Chip) -> Iterator[None]:
         jax.clear_caches()
 
 
+class ImplementationError(ValueError):
+    """An implementation was named that does not exist, or that cannot do what was asked."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Version:
     """One implementation of an operation.
@@ -88,11 +92,11 @@ def run(op: str, implementation: str | None, versions: Mapping[str, Version], *a
         args: what the versions are called with.
 
     Raises:
-        ValueError: an unknown implementation, one for another chip, or arguments that it does not take.
+        ImplementationError: an unknown one, one for another chip, or arguments that it does not take.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(f"{op}: implementation is {implementation!r}; accepted are None, {names}")
+        raise ImplementationError(f"{op}: implementation is {implementation!r}; accepted are None, {names}")
     here = chip()
     name, why = implementation, ""
     if name is None:
@@ -100,12 +104,12 @@ def run(op: str, implementation: str | None, versions: Mapping[str, Version], *a
         if refusal := versions[name].refusal:
             name, why = "xla", f" ({name}: {refusal})"
     elif name != "xla" and here.platform not in ("cpu", name):
-        raise ValueError(
+        raise ImplementationError(
             f"{op}: implementation {name!r} does not run on this {here.platform} ({here.name}); "
             f"accepted here are None, 'xla' and {here.platform!r}"
         )
     elif refusal := versions[name].refusal:
-        raise ValueError(f"{op}: implementation {name!r}: {refusal}")
+        raise ImplementationError(f"{op}: implementation {name!r}: {refusal}")
     _taken[op] = name + why + (", interpreted" if name != "xla" and here.platform == "cpu" else "")
     if name == "xla":
         return versions[name].call(*args)
@@ -115,6 +119,11 @@ def run(op: str, implementation: str | None, versions: Mapping[str, Version], *a
 def taken() -> dict[str, str]:
     """What each operation traced since the last `forget` took, and why where it fell back."""
     return dict(_taken)
+
+
+def log_line() -> str:
+    """`taken` in one line, for the log of a run."""
+    return ", ".join(f"{op} {name}" for op, name in sorted(_taken.items()))
 
 
 def forget() -> None:

@@ -21,8 +21,8 @@ class Latents(NamedTuple):
     Attributes:
         values: (L, B, S, r+e), [c ‖ rotated k_rope], in a float dtype; or, quantised, (L, B, S, r), c alone,
             in int8 or float8_e4m3fn.
-        scale: (L, B, ceil(r / GROUP), S) fp32 where quantised: c = values · scale of its group. Slots lie
-            last because a TPU pads the last axis to 128.
+        scale: (L, B, scale_rows(r), S) fp32 where quantised: c = values · scale of its group. Slots lie last
+            because a TPU pads the last axis to 128.
         k_rope: (L, B, S, e) bfloat16 or float32 where quantised.
     """
 
@@ -47,6 +47,14 @@ class Latents(NamedTuple):
 def groups_of(rank: int) -> int:
     """Scales of one latent."""
     return -(-rank // GROUP)
+
+
+def scale_rows(rank: int) -> int:
+    """Rows that a cache keeps for the scales, the next power of two; what is too many is never looked at.
+
+    A TPU's compiler lays 3, 5 or 7 rows out in another way, and would copy all of them for every kernel.
+    """
+    return 1 << (groups_of(rank) - 1).bit_length()
 
 
 def quantize(latent: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:

@@ -32,6 +32,7 @@ from iv3jax.data.digits import (
 from iv3jax.data.sample import Sample
 from iv3jax.generate.generate import generate
 from iv3jax.models.batch import Batch
+from iv3jax.typing import DType
 
 SECONDS = (10.0, 16.0)
 """Shortest and longest video, as in training."""
@@ -123,13 +124,22 @@ def _from_files(
         yield [{"role": "user", "content": content}]
 
 
-def answers(model: LoadedModel, conversations: Iterable[list[dict]]) -> list[str]:
-    """Greedy answers, in batches of one shape."""
+def answers(
+    model: LoadedModel, conversations: Iterable[list[dict]], cache_dtype: DType | None = None
+) -> list[str]:
+    """Greedy answers, in batches of one shape; the cache's dtype is the model's unless another is named."""
     samples = [model.processor(turns, generation=True) for turns in conversations]
     texts: list[str] = []
     for batch, count in batches(model, samples):
         stop_ids = model.processor.tokenizer.stop_ids
-        result = generate(model.model, model.params, batch, max_new_tokens=20, stop_ids=stop_ids)
+        result = generate(
+            model.model,
+            model.params,
+            batch,
+            max_new_tokens=20,
+            stop_ids=stop_ids,
+            cache_dtype=cache_dtype,
+        )
         texts += [model.processor.tokenizer.decode(tokens) for tokens in result.tokens[:count]]
     return texts
 

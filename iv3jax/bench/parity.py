@@ -26,6 +26,7 @@ from iv3jax.data.sizes import image_size, video_size
 from iv3jax.errors import UserError
 from iv3jax.models.batch import IGNORE_LABEL, Batch
 from iv3jax.models.config import ModelConfig
+from iv3jax.models.layers import Execution
 from iv3jax.train.loss import cross_entropy, reduced, token_weights
 from iv3jax.typing import Array, Params
 
@@ -42,13 +43,13 @@ class Row:
     shape: tuple[int, ...]
 
 
-def model_parity(folder: str | Path, cases: list[str | Path]) -> list[Row]:
-    """Compares a model folder with golden cases, in fp32.
+def model_parity(folder: str | Path, cases: list[str | Path], implementation: str | None = None) -> list[Row]:
+    """Compares a model folder with golden cases, in fp32, through the named kernels (Execution).
 
     Raises:
         UserError: a case that cannot be read or lacks an input.
     """
-    loaded = load(folder, dtype=jnp.float32)
+    loaded = load(folder, dtype=jnp.float32, run=Execution(implementation=implementation))
     rows: list[Row] = []
     with jax.default_matmul_precision("highest"):
         for case in cases:

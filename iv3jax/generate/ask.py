@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 
+from iv3jax import ops
 from iv3jax.checkpoint.load import LoadedModel
 from iv3jax.data.collate import collate, round_up_bucket
 from iv3jax.data.image import is_picture
@@ -15,6 +16,7 @@ from iv3jax.errors import UserError
 from iv3jax.generate.generate import PREFILL_CHUNK, generate
 from iv3jax.generate.sampling import Sampling
 from iv3jax.paths import PathArgument, make_path
+from iv3jax.typing import DType
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Answer:
         stopped: whether the model ended the answer itself, rather than the limit on new tokens.
         cache_bytes: bytes of the decoding cache.
         prefill_tokens_per_second, decode_tokens_per_second: without the time to compile.
+        kernels: operation → the implementation it took.
     """
 
     text: str
@@ -38,6 +41,7 @@ class Answer:
     cache_bytes: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    kernels: dict[str, str]
 
 
 def ask(
@@ -49,6 +53,7 @@ def ask(
     max_frames: int | None = None,
     max_new_tokens: int = 256,
     sampling: Sampling | None = None,
+    cache_dtype: DType | None = None,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
@@ -60,6 +65,7 @@ def ask(
         fps, max_frames: frames a second and at most how many; None takes the model folder's.
         max_new_tokens: limit on the answer.
         sampling: None is greedy.
+        cache_dtype: of models.cache.CACHE_DTYPES; None takes the model's compute dtype.
         on_text: called with each new piece of text.
 
     Raises:
@@ -101,6 +107,7 @@ def ask(
             stop_ids=processor.tokenizer.stop_ids,
             sampling=sampling,
             capacity=round_up_bucket(len(sample) + max_new_tokens, 256),
+            cache_dtype=cache_dtype,
             seed=seed,
             on_tokens=stream,
         )
@@ -115,4 +122,5 @@ def ask(
         result.cache_bytes,
         result.prompt_tokens / result.prefill_seconds,
         result.new_tokens / result.decode_seconds,
+        ops.taken(),
     )

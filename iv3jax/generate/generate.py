@@ -85,7 +85,7 @@ def generate(
         stop_ids: a row ends with any of these.
         sampling: None is greedy. The key of a token depends on seed, row and step only.
         capacity: cache slots a row; None takes what prompt and new tokens need.
-        cache_dtype: None takes the model's compute dtype.
+        cache_dtype: of models.cache.CACHE_DTYPES; None takes the model's compute dtype.
         on_tokens: called with each row's newest tokens, every DECODE_BLOCK steps.
 
     Raises:
@@ -93,9 +93,13 @@ def generate(
             model's max_position_embeddings.
     """
     sampling = sampling or Sampling()
-    lengths = np.asarray(batch.segment_ids != 0).sum(axis=1)
+    real = np.asarray(batch.segment_ids != 0)
+    lengths = real.sum(axis=1)
     if not lengths.all():
         raise UserError(f"row {int(np.argmin(lengths))} of the prompts is empty")
+    if (real[:, 1:] > real[:, :-1]).any():
+        row = int(np.argmax((real[:, 1:] > real[:, :-1]).any(axis=1)))
+        raise UserError(f"row {row} of the prompts has padding before tokens; put it at the end")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     needed = int(lengths.max()) + max_new_tokens

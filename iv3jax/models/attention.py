@@ -13,6 +13,7 @@ from iv3jax.models.layers import Execution, Linear, RMSNorm
 from iv3jax.models.rope import Rope, rotate, rotate_interleaved
 from iv3jax.sharding import constrain
 from iv3jax.typing import Array
+from kernels_pallas.latents import Latents
 
 Entries = dict[str, Array]
 
@@ -22,22 +23,31 @@ class Tokens(NamedTuple):
 
     Attributes:
         rope: angles of each token.
-        segment_ids: (B, T), 0 for padding.
+        segment_ids: (B, T), 0 for padding. Over a cache a row's tokens come first, its padding after them.
+        order: (B, T) places of tokens that lie in another order than their own, or None.
         slots: (B, T) cache slots the tokens go to, or None without a cache.
+        length: (B,) tokens of the rows in the cache before these, or None without one.
     """
 
     rope: Rope
     segment_ids: Array
+    order: Array | None
     slots: Array | None
+    length: Array | None
 
     def mask(self) -> ops.AttentionMask:
         """Causal inside each sample; over a cache, all slots up to the token's own."""
         if self.slots is not None:
             return ops.AttentionMask(self.segment_ids, None, self.slots)
-        order = jnp.broadcast_to(
-            jnp.arange(self.segment_ids.shape[1], dtype=jnp.int32), self.segment_ids.shape
-        )
-        return ops.AttentionMask(self.segment_ids, self.segment_ids, order)
+        order = self.order
+        if order is None:
+            order = jnp.arange(self.segment_ids.shape[1], dtype=jnp.int32)
+            order = jnp.broadcast_to(order, self.segment_ids.shape)
+        return ops.AttentionMask(self.segment_ids, self.segment_ids, order, self.order)
+
+    def counts(self) -> Array:
+        """(B,) tokens of each row that are not padding."""
+        return jnp.sum(self.segment_ids != 0, axis=1, dtype=jnp.int32)
 
 
 class GQAAttention(nn.Module):
@@ -121,34 +131,32 @@ class M2LAAttention(nn.Module):
         Without a cache, or with many new tokens, keys and values are expanded from the latents; with few
         over a cache, the query is carried into latent space instead. Both are the same function.
         """
-        c = self.config
-        n, rank = c.qk_nope_head_dim, _rank(c)
+        n, how = self.config.qk_nope_head_dim, self.run.implementation
         query = constrain(self.q_proj(x), "batch", "sequence", "act_heads", None)
-        q_nope, q_rope = query[..., :n], rotate_interleaved(query[..., n:], tokens.rope)
-        latent = self.kv_a_proj_with_mqa(x)
-        k_rope = rotate_interleaved(latent[..., rank:], tokens.rope)
-        latent = jnp.concatenate([latent[..., :rank], k_rope], axis=-1)
-        if entries is not None and tokens.slots is not None:
-            entries = {"latent": write(entries["latent"], layer, tokens.slots, latent)}
-            latent, kernel = entries["latent"][layer], self.kv_b_proj.dense(x)
-            if x.shape[1] > ops.FEW_QUERIES:
-                out = ops.latent_attention_over_cache(q_nope, q_rope, latent, kernel, tokens.mask())
-            else:
-                out = self._absorbed(q_nope, q_rope, latent.astype(self.run.dtype), kernel, tokens.mask())
-        else:
-            kv = constrain(self.kv_b_proj(latent[..., :rank]), "batch", "slots", "act_heads", None)
-            out = ops.latent_attention(
-                q_nope, q_rope, kv[..., :n], latent[..., rank:], kv[..., n:], tokens.mask()
-            )
-        return self.o_proj(out), entries
+        query = jnp.concatenate([query[..., :n], rotate_interleaved(query[..., n:], tokens.rope)], axis=-1)
+        down = (x, *self.kv_a_proj_with_mqa.dense(x), *tokens.rope)
+        kernel, _ = self.kv_b_proj.dense(x)
+        if entries is None or tokens.slots is None or tokens.length is None:
+            latent = ops.latent_compress(*down, implementation=how)
+            return self.o_proj(ops.latent_attention(query, latent, kernel, tokens.mask(), how)), None
+        latents = Latents(entries["latent"], entries.get("scale"), entries.get("k_rope"))
+        latents = ops.latent_compress_into(
+            latents, layer, tokens.length, tokens.counts(), *down, implementation=how
+        )
+        slots = jnp.where(tokens.segment_ids != 0, jnp.minimum(tokens.slots, latents.capacity - 1), -1)
+        attend = ops.latent_prefill if x.shape[1] > ops.few_queries(query.shape[2]) else self._absorbed
+        out = attend(query, latents, layer, kernel, slots, how)
+        names = ("latent", "scale", "k_rope")
+        written = {name: x for name, x in zip(names, latents, strict=True) if x is not None}
+        return self.o_proj(out), written
 
     def _absorbed(
-        self, q_nope: Array, q_rope: Array, latent: Array, kernel: Array, mask: ops.AttentionMask
+        self, query: Array, latents: Latents, layer: Array, kernel: Array, slots: Array, how: str | None
     ) -> Array:
         c, n = self.config, self.config.qk_nope_head_dim
         # The kernel is used whole, with zeros for the half that is not meant: a cut would copy it.
-        padded = jnp.pad(q_nope, [(0, 0)] * 3 + [(0, c.v_head_dim)])
+        padded = jnp.pad(query[..., :n], [(0, 0)] * 3 + [(0, c.v_head_dim)])
         q_latent = jnp.einsum("bthk,hkr->bthr", padded, kernel)
         scale = (n + c.qk_rope_head_dim) ** -0.5
-        context = ops.latent_decode(q_latent, q_rope, latent, mask, scale)
-        return jnp.einsum("bthr,hkr->bthk", context, kernel)[..., n:]
+        context = ops.latent_decode(q_latent, query[..., n:], latents, layer, slots, scale, how)
+        return jnp.einsum("bthr,hkr->bthk", context.astype(kernel.dtype), kernel)[..., n:]

@@ -36,6 +36,8 @@ class Batch(NamedTuple):
         patch_coords: (B, V, C, 4) int32; row and column of the patch in its grid, grid height and
             grid width, all in patches.
         patch_segment_ids: (B, V, C) int32; 0 for padding, equal inside one temporal patch.
+        order: (B, T) int32 or None; the place of each token in its row where they lie in another order
+            (`dealt`). A token sees those of its sample with no larger place.
     """
 
     input_ids: Array
@@ -46,6 +48,7 @@ class Batch(NamedTuple):
     patches: Array | None = None
     patch_coords: Array | None = None
     patch_segment_ids: Array | None = None
+    order: Array | None = None
 
 
 LOGICAL_AXES = Batch(
@@ -57,8 +60,25 @@ LOGICAL_AXES = Batch(
     patches=("batch", None, None, None),
     patch_coords=("batch", None, None, None),
     patch_segment_ids=("batch", None, None),
+    order=("batch", "sequence"),
 )
 """The logical axes of each field (`sharding.RULES`)."""
+
+
+def dealt(batch: Batch, order: np.ndarray) -> Batch:
+    """The batch with its tokens in another order, each remembering its place.
+
+    Nothing else changes: every loss and every logit belongs to a token. `sharding.zigzag` is the order in
+    which the devices of a context axis have equal work.
+
+    Args:
+        batch: numpy arrays, tokens in their own order.
+        order: (T,), the place of the token that goes to each position.
+    """
+    tokens = ("input_ids", "positions", "segment_ids", "labels", "visual_index")
+    moved = {name: np.asarray(x)[..., order] for name in tokens if (x := getattr(batch, name)) is not None}
+    places = np.broadcast_to(order.astype(np.int32), np.shape(batch.input_ids))
+    return batch._replace(**moved, order=places)
 
 
 def fake_batch(

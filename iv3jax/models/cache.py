@@ -5,17 +5,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from iv3jax.errors import UserError
 from iv3jax.models.config import TextConfig
+from iv3jax.sharding import constrain, whole_parts
 from iv3jax.typing import Array, DType
+from kernels_pallas.latents import LARGEST, scale_rows
+
+_AXES: dict[str, tuple[str | None, ...]] = {
+    "latent": ("layers", "batch", "slots", None),
+    "scale": ("layers", "batch", None, "slots"),
+    "k_rope": ("layers", "batch", "slots", None),
+    "key": ("layers", "batch", "act_heads", None, None),
+    "value": ("layers", "batch", "act_heads", None, None),
+}
+"""The logical axes of each entry."""
 
 
 class Cache(NamedTuple):
     """What each layer remembers of each row's tokens.
 
     Attributes:
-        entries: name → array. M²LA: `latent` (L, B, S, r+e). GQA: `key`, `value` (L, B, G, S, head_dim),
-            so that a head's keys lie together. Where layers are not scanned, name → a tuple of L arrays,
-            each a stack of one.
+        entries: name → array. M²LA: `latent` (L, B, S, r+e); quantised, `latent` (L, B, S, r) with `scale`
+            and `k_rope` as kernels_pallas.latents has them. GQA: `key`, `value` (L, B, G, S, head_dim), so
+            that a head's keys lie together. Where layers are not scanned, name → a tuple of L arrays, each a
+            stack of one.
         length: (B,) int32, tokens written to each row.
         overflow: (B,) bool, True once a token found no room. It was not written; the row's output
             from then on is meaningless.
@@ -28,6 +41,7 @@ class Cache(NamedTuple):
     @property
     def capacity(self) -> int:
         """S, the slots of a row."""
+        # Of a quantised cache that is k_rope's; only the scales have their slots last.
         return jax.tree.leaves(self.entries)[0].shape[-2]
 
     @property
@@ -47,45 +61,68 @@ class Cache(NamedTuple):
         return Cache(entries, jnp.minimum(wanted, self.capacity), self.overflow | (wanted > self.capacity))
 
 
+CACHE_DTYPES = ("float32", "bfloat16", *LARGEST)
+"""What a cache can hold; the last are quantised, for M²LA only."""
+
+
 def init_cache(
     config: TextConfig, rows: int, capacity: int, dtype: DType = jnp.bfloat16, scan_layers: bool = True
 ) -> Cache:
-    """An empty cache of `rows` × `capacity` tokens, in the form that `Execution.scan_layers` asks for."""
-    if config.kv_lora_rank is None:
-        shape: tuple[int, ...] = (rows, config.num_key_value_heads, capacity, config.head_dim)
-        names = ["key", "value"]
-    else:
-        shape, names = (rows, capacity, config.cache_width), ["latent"]
-    layers = config.num_hidden_layers
+    """An empty cache of `rows` × `capacity` tokens, in the form that `Execution.scan_layers` asks for.
 
-    def zeros() -> Any:
+    Under a mesh with a context axis slots are split over it, and the capacity is rounded up to fit.
+
+    Raises:
+        UserError: a dtype that is not one of CACHE_DTYPES, or a quantised one for GQA.
+    """
+    name = jnp.dtype(dtype).name
+    if name not in CACHE_DTYPES:
+        raise UserError(f"cache dtype {name} is not one of {', '.join(CACHE_DTYPES)}")
+    capacity = whole_parts("slots", capacity)
+    layers, (groups, dim) = config.num_hidden_layers, (config.num_key_value_heads, config.head_dim)
+    shapes: dict[str, tuple[tuple[int, ...], DType]]
+    if config.kv_lora_rank is None:
+        if name in LARGEST:
+            raise UserError(f"a cache of {name} is for latents, and this model has keys and values (GQA)")
+        shapes = {name: ((rows, groups, capacity, dim), dtype) for name in ("key", "value")}
+    elif name in LARGEST:
+        rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+        shapes = {
+            "latent": ((rows, capacity, rank), dtype),
+            "scale": ((rows, scale_rows(rank), capacity), jnp.float32),
+            "k_rope": ((rows, capacity, rope), jnp.bfloat16),
+        }
+    else:
+        shapes = {"latent": ((rows, capacity, config.cache_width), dtype)}
+
+    def zeros(name: str) -> Any:
+        shape, dtype = shapes[name]
         if scan_layers:
-            return jnp.zeros((layers, *shape), dtype)
-        return tuple(jnp.zeros((1, *shape), dtype) for _ in range(layers))
+            return constrain(jnp.zeros((layers, *shape), dtype), *_AXES[name])
+        return tuple(constrain(jnp.zeros((1, *shape), dtype), *_AXES[name]) for _ in range(layers))
 
     return Cache(
-        {name: zeros() for name in names},
-        jnp.zeros((rows,), jnp.int32),
-        jnp.zeros((rows,), bool),
+        {name: zeros(name) for name in shapes}, jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), bool)
     )
 
 
 def write(entry: Array, layer: Array, slots: Array, values: Array) -> Array:
-    """Puts each new token's values (B, T, …) into its slot of one layer; slots past the end write nothing.
+    """Puts each new token's keys or values (B, T, G, head_dim) into its slot of one layer of (L, B, G, S, …).
 
-    A scatter, because `dynamic_update_slice` would clamp such a slot onto the last one. One token a row is
-    the exception: there XLA would copy the whole cache to choose between the old one and the new one, so each
-    row's slot is read, kept where nothing is to be written, and put back, which it does in place.
+    Slots past the end write nothing: a scatter, because `dynamic_update_slice` would clamp such a slot onto
+    the last one. One token a row is the exception: there XLA would copy the whole cache to choose between the
+    old one and the new one, so each row's slot is read, kept where nothing is to be written, and put back,
+    which it does in place.
     """
     values = values.astype(entry.dtype)
     if slots.shape[1] > 1:
-        heads = [slice(None)] * (entry.ndim - 4)
-        return entry.at[layer, jnp.arange(slots.shape[0])[:, None], *heads, slots].set(values, mode="drop")
+        rows = jnp.arange(slots.shape[0])[:, None]
+        return entry.at[layer, rows, :, slots].set(values, mode="drop")
 
     def one(row: Array | int, entry: Array) -> Array:
         slot = slots[row, 0]
-        start = (layer, row, *[0] * (entry.ndim - 4), slot, 0)
-        old = jax.lax.dynamic_slice(entry, start, (1, 1, *entry.shape[2:-2], 1, entry.shape[-1]))
+        start = (layer, row, 0, slot, 0)
+        old = jax.lax.dynamic_slice(entry, start, (1, 1, entry.shape[2], 1, entry.shape[-1]))
         new = jnp.where(slot < entry.shape[-2], values[row, 0].reshape(old.shape), old)
         return jax.lax.dynamic_update_slice(entry, new, start)
 

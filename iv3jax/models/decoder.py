@@ -1,7 +1,7 @@
 """The decoder: scanned layers of either attention, with DeepStack after the first K."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -60,6 +60,14 @@ class DecoderLayer(nn.Module):
         return (hidden, entries), None
 
 
+class Place(NamedTuple):
+    """Where tokens stand: positions (3, B, T), segment_ids (B, T), order (B, T) or None; see Batch."""
+
+    positions: Array
+    segment_ids: Array
+    order: Array | None
+
+
 class Decoder(nn.Module):
     """All layers and the final norm."""
 
@@ -70,16 +78,17 @@ class Decoder(nn.Module):
     def __call__(
         self,
         hidden: Array,
-        positions: Array,
-        segment_ids: Array,
+        place: Place,
         visual: VisualFeatures | None,
         visual_index: Array | None,
         cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
         """(B, T, D) embeddings → (B, T, D) after the final norm, and the cache with these tokens in it."""
         c, run = self.config, self.run
-        rope = decoder_rope(positions, c.rope_dim, c.rope_theta, c.mrope_section)
-        tokens = Tokens(rope, segment_ids, None if cache is None else cache.slots(segment_ids))
+        rope = decoder_rope(place.positions, c.rope_dim, c.rope_theta, c.mrope_section)
+        slots = None if cache is None else cache.slots(place.segment_ids)
+        length = None if cache is None else cache.length
+        tokens = Tokens(rope, place.segment_ids, place.order, slots, length)
         deepstack = None
         if visual is not None and visual.deepstack.shape[0]:
             deepstack = visual.deepstack.astype(run.dtype)
@@ -99,7 +108,7 @@ class Decoder(nn.Module):
         else:
             hidden, entries = self._unrolled(hidden, entries, tokens, deepstack, visual_index)
         hidden = RMSNorm(c.hidden_size, c.rms_norm_eps, run, name="norm")(hidden)
-        return hidden, None if cache is None else cache.advanced(entries, segment_ids)
+        return hidden, None if cache is None else cache.advanced(entries, place.segment_ids)
 
     def _unrolled(
         self,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from iv3jax.models.batch import Batch, fake_batch
 from iv3jax.models.cache import Cache
 from iv3jax.models.config import ModelConfig
-from iv3jax.models.decoder import Decoder, gather_visual
+from iv3jax.models.decoder import Decoder, Place, gather_visual
 from iv3jax.models.layers import Embedding, Execution, Linear
 from iv3jax.models.vision import VisionTower, VisualFeatures
 from iv3jax.sharding import constrain
@@ -66,7 +66,8 @@ class InternVideo3(nn.Module):
         if visual is not None and index is not None:
             seen = gather_visual(visual.tokens.astype(hidden.dtype), index)
             hidden = jnp.where(index[..., None] >= 0, seen, hidden)
-        hidden, cache = self.language_model(hidden, batch.positions, batch.segment_ids, visual, index, cache)
+        place = Place(batch.positions, batch.segment_ids, batch.order)
+        hidden, cache = self.language_model(hidden, place, visual, index, cache)
         return Output(hidden, cache)
 
     def logits(self, hidden: Array) -> Array:

@@ -36,6 +36,9 @@ class Execution:
             of a stack before it multiplies, on a CPU through memory, which halves the speed of decoding.
         weights: how the kernels of every Linear are stored: None as floats of `param_dtype`, else a key of
             quantized.FORMATS. A quantised model is for inference, and for training something beside it.
+        implementation: of M²LA's operations (kernels_pallas): None takes the chip's kernels where they
+            accept the shapes, else XLA; "xla", "tpu" or "gpu" is taken or refused. On a CPU the kernels run
+            interpreted, which is for tests.
     """
 
     dtype: DType = jnp.float32
@@ -44,12 +47,16 @@ class Execution:
     patches_per_step: int = 16384
     scan_layers: bool = True
     weights: str | None = None
+    implementation: str | None = None
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         if self.weights is not None and self.weights not in quantized.FORMATS:
             raise UserError(f"weights {self.weights!r} are not one of {', '.join(quantized.FORMATS)}")
+        if self.implementation is not None and self.implementation not in ops.IMPLEMENTATIONS:
+            names = ", ".join(ops.IMPLEMENTATIONS)
+            raise UserError(f"implementation {self.implementation!r} is not one of {names}")
 
     def checkpointed(self, layer: type[nn.Module]) -> type[nn.Module]:
         """The layer class under the remat policy, for use inside a scan."""
@@ -132,15 +139,16 @@ class Linear(nn.Module):
         y = ops.product(x.astype(self.run.dtype), kernel, dtype)
         return y.reshape(*lead, *self.out_shape)
 
-    def dense(self, x: Array) -> Array:
-        """The kernel (*out_shape, *in_shape) in the dtype of computing, for other products with x."""
+    def dense(self, x: Array) -> tuple[Array, Array | None]:
+        """Kernel (*out_shape, *in_shape) and bias in the dtype of computing, for other products with x."""
+        bias = self.bias.astype(self.run.dtype) if self.use_bias else None
         if self.run.weights is None:
-            return self.kernel.astype(self.run.dtype)
+            return self.kernel.astype(self.run.dtype), bias
         codes = quantized.here(x, self.kernel_codes)
         kernel = quantized.dequantize(codes, self.kernel_scale, self.rows, self.run.weights, self.run.dtype)
         kernel = kernel.reshape(*self.in_shape, *self.out_shape)
         inward = tuple(range(len(self.in_shape)))
-        return jnp.moveaxis(kernel, inward, [i - len(inward) for i in inward])
+        return jnp.moveaxis(kernel, inward, [i - len(inward) for i in inward]), bias
 
 
 class Embedding(nn.Module):

@@ -16,11 +16,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from iv3jax import ops
 from iv3jax.compiles import Stopwatch
 from iv3jax.errors import UserError
-from iv3jax.models.batch import LOGICAL_AXES, Batch
+from iv3jax.models.batch import LOGICAL_AXES, Batch, dealt
 from iv3jax.models.internvideo3 import InternVideo3, boxed_params, init_params
-from iv3jax.sharding import make_mesh, param_shardings, partition_spec
+from iv3jax.sharding import make_mesh, param_shardings, partition_spec, zigzag
 from iv3jax.train.config import TrainConfig
 from iv3jax.train.loss import cross_entropy, reduced, token_weights
 from iv3jax.train.optimizer import make_optimizer
@@ -63,11 +64,15 @@ def train(
     with jax.set_mesh(mesh), _Display(title, config.steps) as display:
         for step, batch in enumerate(_ahead(batch_at, config.steps)):
             tokens += int(np.sum(batch.segment_ids != 0))
+            if (parts := mesh.shape["context"]) > 1:
+                batch = dealt(batch, zigzag(batch.input_ids.shape[1], parts))
             batch = jax.device_put(batch, _shardings(batch, mesh))
             params, state, loss = update(params, state, batch)
             if not np.isfinite(loss):
                 raise UserError(f"the loss is {float(loss)} at step {step}; lower the learning rate")
             display.show(step + 1, float(loss), tokens / watch.seconds)
+            if step == 0:
+                display.say(f"kernels: {ops.log_line()}")
     return params
 
 
@@ -134,6 +139,10 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        (print if self._bar is None else self._bar.console.print)(text)
 
     def show(self, step: int, loss: float, speed: float) -> None:
         """Reports a finished step; the loss shown is smoothed over about 20 steps."""

@@ -2,7 +2,8 @@
 
 import pytest
 
-from iv3jax.bench.weights import TASKS, bench_weights, format_table
+from iv3jax.bench.agreement import TASKS
+from iv3jax.bench.weights import bench_weights, format_table
 from iv3jax.checkpoint.load import load
 from iv3jax.checkpoint.save import save
 

@@ -32,7 +32,8 @@ from iv3jax.models.batch import Batch
 from iv3jax.models.cache import init_cache
 from iv3jax.models.internvideo3 import InternVideo3
 from iv3jax.models.layers import Execution
-from kernels_pallas import cached_attention
+from kernels_pallas import cached_attention, query_blocks
+from kernels_pallas.latent_attention.ops import latent_attention
 
 TOLERANCE = 1e-4
 PROMPT = [2, ("video", 2, 4, 6), 3, ("image", 1, 4, 4), 6]
@@ -143,18 +144,18 @@ def test_layers_scanned_or_alone(attention):
     assert tree_difference(stacked, cache_.entries) <= TOLERANCE
 
 
-def spy(called: list[str], name: str, function, *arguments):
+def spy(called: list[str], name: str, function, *arguments, **named):
     called.append(name)
-    return function(*arguments)
+    return function(*arguments, **named)
 
 
 def test_absorbed_and_expanded_run_different_code(monkeypatch):
     """The threshold of the test above does switch: each side calls the operation it is named after."""
     model, params = shared_model("m2la")
     batch = collate([[conversation(model.config, PROMPT)]], model.config, length=40)
-    for few, expected in ((0, ["latent_attention_over_cache"]), (1000, ["latent_decode"])):
+    for few, expected in ((0, ["latent_prefill"]), (1000, ["latent_decode"])):
         called: list[str] = []
-        for name in ("latent_attention", "latent_attention_over_cache", "latent_decode"):
+        for name in ("latent_attention", "latent_prefill", "latent_decode"):
             monkeypatch.setattr(ops, name, partial(spy, called, name, getattr(ops, name)))
         monkeypatch.setattr(ops, "FEW_QUERIES", few)
         in_chunks(model, params, batch, [0, 40], capacity=48)
@@ -235,10 +236,10 @@ def attention_case(name: str):
     shapes = {
         "attention": [(6, 5), (3, 5), (3, 5)],
         "tower": [(4, 6), (4, 6), (4, 6)],
-        "latent_attention": [(3, 5), (3, 4), (3, 5), (4,), (3, 7)],
+        "latent_attention": [(3, 9), (3, 12), (4,)],
     }[name]
     mask = ops.AttentionMask(segments, segments, None if name == "tower" else order)
-    operation = ops.latent_attention if name == "latent_attention" else ops.attention
+    operation = latent_attention if name == "latent_attention" else ops.attention
     arguments = [jnp.asarray(rng.standard_normal((2, tokens, *s), np.float32)) for s in shapes]
     return lambda *a: operation(*a, mask), arguments
 
@@ -257,7 +258,7 @@ def test_blocks_of_queries(name, block, monkeypatch):
         return jax.jit(jax.grad(loss, argnums=range(len(arguments)), has_aux=True)).trace(*arguments)
 
     plain = run()
-    monkeypatch.setattr(ops, "QUERY_BLOCK", block)
+    monkeypatch.setattr(query_blocks, "QUERY_BLOCK", block)
     blocked = run()
     assert "scan" not in str(plain.jaxpr) and f"length={-(-37 // block)}" in str(blocked.jaxpr)
     expected, got = (r.lower().compile()(*arguments) for r in (plain, blocked))
@@ -268,7 +269,7 @@ def test_model_in_blocks_of_queries(tiny, monkeypatch):
     model, params = tiny
     batch = collate([samples(model.config)], model.config, length=75)
     expected = forward(model, params, batch)
-    monkeypatch.setattr(ops, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(query_blocks, "QUERY_BLOCK", 16)
     # Another tower step size is another program for jit, which would not look at QUERY_BLOCK again.
     model = InternVideo3(model.config, Execution(patches_per_step=10_000))
     assert tree_difference(forward(model, params, batch), expected) <= TOLERANCE

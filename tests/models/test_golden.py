@@ -33,6 +33,17 @@ def test_case(golden, model, case):
         assert row.difference <= tolerance, row
 
 
+@pytest.mark.medium
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+@pytest.mark.parametrize("case", ["text", "packed", "video"])
+def test_m2la_through_the_kernels(golden, case, implementation):
+    """Interpreted on a CPU."""
+    path = golden / "m2la" / "cases" / f"{case}.safetensors"
+    rows = model_parity(golden / "m2la", [path], implementation)
+    assert {row.quantity for row in rows} >= CASES["m2la", case]
+    assert max(row.difference for row in rows) <= 2e-4
+
+
 def test_processing(golden):
     rows = processing_parity(golden / "processing.json")
     assert {row.quantity for row in rows} == {"image_resize", "video_resize", "sampling"}

@@ -3,7 +3,8 @@
 Sums run in another order on a mesh: tolerance 1e-4 on values of order 1 to 10; 3e-6 is seen.
 """
 
-from functools import cache
+import re
+from functools import cache, partial
 
 import flax.linen as nn
 import jax
@@ -24,8 +25,11 @@ from models.peers import (
 from iv3jax import sharding
 from iv3jax.data.collate import collate
 from iv3jax.errors import UserError
+from iv3jax.generate.generate import generate
+from iv3jax.models.batch import dealt
+from iv3jax.models.cache import init_cache
 from iv3jax.models.internvideo3 import InternVideo3, boxed_params
-from iv3jax.sharding import constrain, make_mesh, param_shardings, partition_spec
+from iv3jax.sharding import constrain, make_mesh, param_shardings, partition_spec, zigzag
 from iv3jax.train.loss import cross_entropy, reduced, token_weights
 
 TOLERANCE = 1e-4
@@ -93,6 +97,63 @@ def test_eight_devices_compute_what_one_does(attention, mesh, rows):
     assert difference(got_loss, loss) <= 1e-5
     assert difference(got_logits, logits) <= TOLERANCE
     assert tree_difference(got, gradients) <= TOLERANCE
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("sizes", [dict(context=4, tensor=2), dict(context=2, fsdp=2, tensor=2)])
+def test_tokens_dealt_in_zigzag_give_the_same_loss_and_gradients(sizes):
+    """M²LA with the sequence split over the context axis, packs of several samples, latents exchanged."""
+    model, params, batch, ((loss, _), gradients) = one_device("m2la", 4)
+    mesh = make_mesh(**sizes)
+    placed = jax.device_put(params, param_shardings(boxed_params(model), mesh))
+    mixed = dealt(batch, zigzag(48, sizes["context"]))
+    assert sorted(mixed.order[0]) == list(range(48)) and list(mixed.order[0]) != list(range(48))
+    with jax.set_mesh(mesh):
+        run = computed(model, placed, mixed)
+        (got_loss, _), got = run(placed)
+        text = run.lower(placed).compile().as_text()
+    assert difference(got_loss, loss) <= 1e-5
+    assert tree_difference(got, gradients) <= TOLERANCE
+    # Rows of 48 gathered tokens: 21 numbers of a latent, never 16 of each head's key and value.
+    gathered = re.findall(r"f32\[(\d+(?:,\d+)*)\]\S* all-gather\(", text)
+    shapes = {tuple(int(n) for n in dims.split(",")) for dims in gathered}
+    assert any(shape[-2:] == (48, 21) for shape in shapes)
+    assert not any(shape[-3:] in ((48, 4, 16), (48, 2, 16)) for shape in shapes)
+
+
+def test_dealt_tokens_on_one_device():
+    model, params, batch, ((loss, logits), _) = one_device("m2la", 4)
+    order = np.random.default_rng(0).permutation(48)
+    (got, moved), _ = computed(model, params, dealt(batch, order))(params)
+    assert difference(got, loss) <= 1e-5
+    assert difference(moved, logits[:, order]) <= TOLERANCE
+
+
+def test_zigzag_gives_every_device_the_same_work():
+    order = zigzag(24, 3)
+    assert order.tolist()[:8] == [0, 1, 2, 3, 20, 21, 22, 23] and sorted(order) == list(range(24))
+    assert len({int(np.sum(part + 1)) for part in order.reshape(3, -1)}) == 1
+    with pytest.raises(UserError, match="make the length a multiple of 6"):
+        zigzag(20, 3)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_decoding_over_a_split_cache(cache_dtype):
+    """Slots over a context axis: the tokens of one device, prompts longer and shorter than a part."""
+    model, params = random_model(even_config("m2la"))
+    samples = [conversation(model.config, [n], n) for n in (3, 90)]
+    batch = collate([[s] for s in samples], model.config, length=96)
+    once = partial(generate, max_new_tokens=9, stop_ids=[], capacity=110, cache_dtype=cache_dtype)
+    expected = once(model, params, batch)
+    mesh = make_mesh(context=4, tensor=2)
+    placed = jax.device_put(params, param_shardings(boxed_params(model), mesh))
+    with jax.set_mesh(mesh):
+        got = once(model, placed, batch)
+        cache = init_cache(model.config.text_config, 2, 110, cache_dtype)
+    assert got.tokens == expected.tokens
+    assert cache.capacity == 112
+    assert {x.data.shape[2] for x in cache.entries["latent"].addressable_shards} == {28}
 
 
 @pytest.mark.medium

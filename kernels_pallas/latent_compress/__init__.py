@@ -1,0 +1,1 @@
+"""Hidden states → latents with a rotated RoPE key, and into the cache."""

@@ -1,0 +1,101 @@
+"""latent_decode in XLA, the whole cache read once: block by block with a running softmax.
+
+A block stays in a CPU's cache between scores and values, and only blocks that some query sees are read. Of
+bf16 on a CPU the plain form is faster, and taken.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.choice import chip
+from kernels_pallas.latent_decode.reference import latent_decode_reference
+from kernels_pallas.latents import Latents, dequantize
+
+
+def latent_decode(
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    latents: Latents,
+    layer: jax.Array,
+    query_slots: jax.Array,
+    logit_scale: jax.Array | None,
+    page_table: jax.Array | None,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Arguments as of `ops.latent_decode`, queries in the dtype that products are taken in.
+
+    Returns:
+        (1, B, T, H, r) and (1, B, T, H) fp32: the context is one part.
+    """
+    rows, tokens, heads, rank = q_latent.shape
+    page, on_cpu = latents.capacity, chip().platform == "cpu"
+    if on_cpu and q_latent.dtype != jnp.float32 and not latents.quantized:
+        # Measured: on a CPU XLA multiplies whole bf16 arrays fast, blocks of them slowly.
+        return latent_decode_reference(
+            q_latent, q_rope, latents, layer, query_slots, logit_scale, page_table, scale=scale
+        )
+    # 512 slots of one row are 2 MiB in fp32; elsewhere than on a CPU a step should be worth its start.
+    wanted = max(32, 512 // rows) if on_cpu else max(512, 8192 // rows)
+    dtype = jnp.float32 if on_cpu else q_latent.dtype
+    if page_table is None:
+        size, end = min(wanted, page), page
+    else:
+        together = max(1, min(wanted // page, page_table.shape[1]))
+        size, end = together * page, page_table.shape[1] * page
+        page_table = jnp.pad(page_table, [(0, 0), (0, -page_table.shape[1] % together)])
+
+    def block(x: jax.Array, start: jax.Array, slots_axis: int) -> jax.Array:
+        """`size` slots of one layer of a cache's array, from `start` on: (B, …, size, …)."""
+        if page_table is None:
+            begin: list[jax.Array | int] = [layer, *[0] * (x.ndim - 1)]
+            sizes = [1, *x.shape[1:]]
+            begin[slots_axis], sizes[slots_axis] = start, size
+            return jax.lax.dynamic_slice(x, begin, sizes)[0]
+        pages = jax.lax.dynamic_slice_in_dim(page_table, start // page, size // page, axis=1)
+        # (B, pages, …): the pages' axis moves to the slots' and becomes one with it.
+        found = jnp.moveaxis(x[layer, pages], 1, slots_axis - 1)
+        return found.reshape(*found.shape[: slots_axis - 1], size, *found.shape[slots_axis + 1 :])
+
+    query = jnp.concatenate([q_latent, q_rope], axis=-1).astype(dtype)
+    query = query.reshape(rows, tokens * heads, -1)
+    last = jnp.repeat(query_slots, heads, axis=1)[..., None]
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    dot = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+
+    def over(j: jax.Array, state: tuple) -> tuple:
+        # Without pages the last block is moved back to end at the capacity; its first slots were seen before.
+        start = j * size if page_table is not None else jnp.minimum(j * size, end - size)
+        slots = start + jnp.arange(size, dtype=jnp.int32)
+        values = block(latents.values, start, 2)
+        if latents.scale is not None and latents.k_rope is not None:
+            codes_scale = jnp.swapaxes(block(latents.scale, start, 3), 1, 2)
+            c = dequantize(values, codes_scale)
+            values = jnp.concatenate([c, block(latents.k_rope, start, 2).astype(c.dtype)], axis=-1)
+        values = values.astype(dtype)
+        logits = dot("bqw,bsw->bqs", query, values) * scale
+        if logit_scale is not None:
+            factor = block(logit_scale, start, 3)
+            factor = jnp.repeat(factor, heads // factor.shape[1], axis=1)
+            logits *= jnp.tile(factor, (1, tokens, 1))
+        logits = jnp.where((slots <= last) & (slots >= j * size), logits, -jnp.inf)
+        top, total, out = state
+        new = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
+        weights, shrink = jnp.exp(logits - new), jnp.exp(top - new)
+        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+        return new, total, out * shrink + dot("bqs,bsw->bqw", weights.astype(dtype), values)
+
+    # The least finite number, not −inf: exp(−inf − −inf) of a row that sees nothing would be NaN.
+    state = (
+        jnp.full((rows, tokens * heads, 1), jnp.finfo(jnp.float32).min),
+        jnp.zeros((rows, tokens * heads, 1)),
+        jnp.zeros(query.shape),
+    )
+    blocks = (jnp.max(query_slots) + size) // size
+    top, total, out = jax.lax.fori_loop(0, blocks, over, state)
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
+    out = out / jnp.where(total == 0, 1.0, total)
+    shape = (1, rows, tokens, heads)
+    return out.reshape(*shape, -1)[..., :rank], lse.reshape(shape)

@@ -1,0 +1,1 @@
+"""M²LA of many new tokens over a cache of latents."""
