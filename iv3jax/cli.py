@@ -142,8 +142,8 @@ def _load(name: str | None, random_weights: bool = False, weights: str | None = 
     from iv3jax.checkpoint.load import load
     from iv3jax.models.layers import Execution
 
-    # Scanned layers compile sooner, but on a CPU they decode at half the speed.
-    run = Execution(scan_layers=jax.default_backend() != "cpu")
+    # Scanned layers compile sooner, but on all but a TPU XLA copies each one's weights before it uses them.
+    run = Execution(scan_layers=jax.default_backend() == "tpu")
     return load(_source(name), run=run, random_weights=random_weights, weights=weights)
 
 
@@ -263,7 +263,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from iv3jax.bench import digits, export, generate, weights
+    from iv3jax.bench import cache, digits, export, generate, kernels, tune, weights
 
     if args.name == "export":
         result = export.bench_export(args.layers)
@@ -273,11 +273,18 @@ def _bench(args: argparse.Namespace) -> int:
         result = generate.bench_generate()
         print(json.dumps(result) if args.json else generate.format_table(result))
         return 0
-    if args.name == "weights":
-        result = weights.bench_weights(
-            _source(args.model), 100 if args.samples is None else args.samples, args.seed
-        )
-        print(json.dumps(result) if args.json else weights.format_table(result))
+    if args.name in ("weights", "cache"):
+        module, measure = {
+            "weights": (weights, weights.bench_weights),
+            "cache": (cache, cache.bench_cache),
+        }[args.name]
+        result = measure(_source(args.model), 100 if args.samples is None else args.samples, args.seed)
+        print(json.dumps(result) if args.json else module.format_table(result))
+        return 0
+    if args.name in ("kernels", "tune"):
+        result = kernels.bench_kernels() if args.name == "kernels" else tune.bench_tune()
+        module = kernels if args.name == "kernels" else tune
+        print(json.dumps(result) if args.json else module.format_table(result))
         return 0
     result = digits.bench_digits(_load(args.model), 500 if args.samples is None else args.samples, args.seed)
     print(json.dumps(result) if args.json else digits.format_table(result))

@@ -32,8 +32,8 @@ class Execution:
         remat: a key of REMAT_POLICIES, applied to each decoder layer and vision block.
         patches_per_step: patches the vision tower works on at a time (at least one chunk).
         scan_layers: whether the decoder's layers are one scanned stack, which compiles in seconds at any
-            depth, or stand alone, each with parameters and cache of its own. XLA copies a layer's slice
-            of a stack before it multiplies, on a CPU through memory, which halves the speed of decoding.
+            depth, or stand alone, each with parameters and cache of its own. On a CPU and a GPU XLA copies
+            a layer's slice of a stack before it multiplies, which on a CPU halves the speed of decoding.
         weights: how the kernels of every Linear are stored: None as floats of `param_dtype`, else a key of
             quantized.FORMATS. A quantised model is for inference, and for training something beside it.
         implementation: of M²LA's operations (kernels_pallas): None takes the chip's kernels where they
