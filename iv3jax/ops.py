@@ -120,10 +120,7 @@ def attention_over_cache(query: Array, key: Array, value: Array, mask: Attention
     """
     rows, tokens, heads, dim = query.shape
     groups, capacity = key.shape[1:3]
-    # In fp32 on a CPU blocks are many times faster for one token too: each stays in the cache of a core
-    # between scores and values, and what lies past the last token is not read.
-    in_fp32 = chip().platform == "cpu" and query.dtype == jnp.float32
-    if tokens > few_queries(heads) or in_fp32:
+    if tokens > few_queries(heads):
 
         def block(start: Array, size: int) -> tuple[Array, Array]:
             cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2)

@@ -94,4 +94,4 @@ def format_table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         error = f"{row['attention_error']:.2e}"
         table.add_row(row["name"], f"{row['bytes_per_token']:,}", error, *cells(row))
-    return as_text(table, 150)
+    return as_text(table, 165)

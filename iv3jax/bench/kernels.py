@@ -21,8 +21,10 @@ from iv3jax.bench.hlo import collective_bytes
 from iv3jax.bench.table import as_text
 from iv3jax.chips import compile_for, compile_on, devices
 from iv3jax.compiles import Stopwatch
+from iv3jax.models.cache import write
 from iv3jax.sharding import make_mesh
 from iv3jax.typing import Array, DType
+from kernels_pallas.latent_compress.xla import write as write_latents
 from kernels_pallas.latent_decode.reference import latent_decode_reference
 from kernels_pallas.latent_decode.traffic import bytes_moved
 from kernels_pallas.latents import Latents, one_layer, scale_rows
@@ -146,7 +148,7 @@ def _counted(layer: Callable[..., Any], cache: dict[str, Any]) -> int:
 
 
 def _gqa_cache(context: int, dtype: DType = jnp.bfloat16) -> dict[str, Any]:
-    shape = jax.ShapeDtypeStruct((1, GROUPS, context, DIM), dtype)
+    shape = jax.ShapeDtypeStruct((1, 1, GROUPS, context, DIM), dtype)
     return {"key": shape, "value": shape}
 
 
@@ -161,9 +163,9 @@ def _expanded_cache(context: int, dtype: DType = jnp.bfloat16) -> dict[str, Any]
 
 def torch_like_gqa(x: Array, slot: Array, cache: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
     """A cache that grows by concatenation, keys and values repeated for every head, as in plain PyTorch."""
-    new = x[:, 0, :GROUPS, None]
-    cache = {name: jnp.concatenate([old[:, :, 1:], new], axis=2) for name, old in cache.items()}
-    key, value = (jnp.repeat(x, HEADS // GROUPS, axis=1) for x in cache.values())
+    new = x[None, :, 0, :GROUPS, None]
+    cache = {name: jnp.concatenate([old[:, :, :, 1:], new], axis=3) for name, old in cache.items()}
+    key, value = (jnp.repeat(x[0], HEADS // GROUPS, axis=1) for x in cache.values())
     # Materialised, as eager PyTorch does; XLA would fuse the repetition away.
     key, value = jax.lax.optimization_barrier((key, value))
     logits = jnp.einsum("bthk,bhsk->bhts", x, key, preferred_element_type=jnp.float32) * DIM**-0.5
@@ -173,13 +175,10 @@ def torch_like_gqa(x: Array, slot: Array, cache: dict[str, Array]) -> tuple[Arra
 
 def fair_gqa(x: Array, slot: Array, cache: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
     """A preallocated cache written in place and read by groups: this project's own GQA."""
-    new = x[:, 0, :GROUPS, None]
-    cache = {
-        name: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, slot, 0))
-        for name, old in cache.items()
-    }
+    new = x[:, :, :GROUPS]
+    cache = {name: write(old, jnp.int32(0), slot[None, None], new) for name, old in cache.items()}
     mask = AttentionMask(jnp.ones((1, 1), jnp.int32), None, slot[None, None])
-    return ops.attention_over_cache(x, cache["key"], cache["value"], mask), cache
+    return ops.attention_over_cache(x, cache["key"][0], cache["value"][0], mask), cache
 
 
 def absorbed(x: Array, slot: Array, cache: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
@@ -212,8 +211,10 @@ def expanded(x: Array, slot: Array, cache: dict[str, Array]) -> tuple[Array, dic
 
 
 def _written(x: Array, slot: Array, cache: dict[str, Array]) -> Array:
-    new = jnp.tile(x[:, :, 0], (1, 1, (RANK + ROPE) // DIM))[None].astype(cache["latent"].dtype)
-    return jax.lax.dynamic_update_slice(cache["latent"], new, (0, 0, slot, 0))
+    """The cache with a latent made of x in its slot, put there as the model does it in XLA."""
+    new = jnp.tile(x[:, :, 0], (1, 1, (RANK + ROPE) // DIM)).astype(jnp.float32)
+    one = jnp.ones(1, jnp.int32)
+    return write_latents(Latents(cache["latent"]), jnp.int32(0), slot[None], one, new).values
 
 
 # --- bytes between devices

@@ -9,6 +9,7 @@ from iv3jax.errors import UserError
 from iv3jax.models.config import TextConfig
 from iv3jax.sharding import constrain, whole_parts
 from iv3jax.typing import Array, DType
+from kernels_pallas.choice import chip
 from kernels_pallas.latents import LARGEST, scale_rows
 
 _AXES: dict[str, tuple[str | None, ...]] = {
@@ -110,12 +111,12 @@ def write(entry: Array, layer: Array, slots: Array, values: Array) -> Array:
     """Puts each new token's keys or values (B, T, G, head_dim) into its slot of one layer of (L, B, G, S, …).
 
     Slots past the end write nothing: a scatter, because `dynamic_update_slice` would clamp such a slot onto
-    the last one. One token a row is the exception: there XLA would copy the whole cache to choose between the
-    old one and the new one, so each row's slot is read, kept where nothing is to be written, and put back,
-    which it does in place.
+    the last one. One token a row on a CPU is the exception: there XLA would copy the whole cache to choose
+    between the old one and the new one, so each row's slot is read, kept where nothing is to be written, and
+    put back, which it does in place. (On a TPU that loop would have the cache laid out anew.)
     """
     values = values.astype(entry.dtype)
-    if slots.shape[1] > 1:
+    if slots.shape[1] > 1 or chip().platform != "cpu":
         rows = jnp.arange(slots.shape[0])[:, None]
         return entry.at[layer, rows, :, slots].set(values, mode="drop")
 

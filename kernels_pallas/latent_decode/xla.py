@@ -13,6 +13,9 @@ from kernels_pallas.choice import chip
 from kernels_pallas.latent_decode.reference import latent_decode_reference
 from kernels_pallas.latents import Latents, dequantize
 
+_BLOCK_BYTES = 2 << 20
+"""Of a block in fp32 on a CPU: it stays in a core's cache, and two cores still share the products of it."""
+
 
 def latent_decode(
     q_latent: jax.Array,
@@ -37,8 +40,9 @@ def latent_decode(
         return latent_decode_reference(
             q_latent, q_rope, latents, layer, query_slots, logit_scale, page_table, scale=scale
         )
-    # 512 slots of one row are 2 MiB in fp32; elsewhere than on a CPU a step should be worth its start.
-    wanted = max(32, 512 // rows) if on_cpu else max(512, 8192 // rows)
+    # Elsewhere than on a CPU a step should be worth its start.
+    fitting = _BLOCK_BYTES // (4 * rows * (rank + q_rope.shape[-1]))
+    wanted = max(32, 1 << fitting.bit_length() - 1) if on_cpu else max(512, 8192 // rows)
     dtype = jnp.float32 if on_cpu else q_latent.dtype
     if page_table is None:
         size, end = min(wanted, page), page
