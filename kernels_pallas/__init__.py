@@ -1,4 +1,4 @@
-"""Kernels over the latent cache: one folder each, with a reference anyone can read.
+"""Kernels over latents: one folder an operation, with a reference anyone can read. Imports jax only.
 
-So far the plain XLA forms that the Pallas kernels are tested against. Imports jax only.
+choice.py says which implementation runs, blocks.py with what block sizes, latents.py what a cache holds.
 """

@@ -64,11 +64,11 @@ def bench_tune() -> dict[str, Any]:
             "block sizes are measured on a TPU or GPU, and this machine has neither; what is used without "
             "measuring is in kernels_pallas/blocks.py and in each kernel's heuristic"
         )
-    return {"rows": [asdict(tune(op, call)) for op, call in operations().items()]}
+    return {"rows": [asdict(row) for call in operations() for row in tune(call)]}
 
 
-def operations(tokens: int = 8192, slots: int = 131072) -> dict[str, Callable[[], Any]]:
-    """Name in the block table → a call of that operation at the 8B's sizes."""
+def operations(tokens: int = 8192, slots: int = 131072) -> list[Callable[[], Any]]:
+    """A call of each operation at the 8B's sizes."""
     random = partial(jax.random.normal, jax.random.key(0), dtype=jnp.bfloat16)
     few, many = (1, 1), (1, min(1024, slots))
     x = random((1, tokens, HIDDEN))
@@ -95,22 +95,22 @@ def operations(tokens: int = 8192, slots: int = 131072) -> dict[str, Callable[[]
     into = (latents, zero, jnp.zeros(1, jnp.int32), jnp.full(1, many[1], jnp.int32), *new)
     decode = (random((*few, HEADS, RANK)), random((*few, HEADS, ROPE)), latents, zero, last, SCALE)
     prefill = (random((*many, HEADS, NOPE + ROPE)), latents, zero, up, chunk)
-    return {
-        "latent_compress": lambda: jax.jit(latent_compress)(x, kernel, None, angles, angles),
-        "latent_compress_into": lambda: jax.jit(latent_compress_into)(*into),
-        "latent_decode": lambda: jax.jit(latent_decode, static_argnums=5)(*decode),
-        "latent_prefill": lambda: jax.jit(latent_prefill)(*prefill),
-        "latent_attention": lambda: jax.jit(jax.grad(attend, (0, 1, 2)))(*whole),
-    }
+    return [
+        lambda: jax.jit(latent_compress)(x, kernel, None, angles, angles),
+        lambda: jax.jit(latent_compress_into)(*into),
+        lambda: jax.jit(latent_decode, static_argnums=5)(*decode),
+        lambda: jax.jit(latent_prefill)(*prefill),
+        lambda: jax.jit(jax.grad(attend, (0, 1, 2)))(*whole),
+    ]
 
 
-def tune(op: str, call: Callable[[], Any]) -> Row:
-    """Measures one operation; `call` traces anew whenever jax has forgotten it."""
+def tune(call: Callable[[], Any]) -> list[Row]:
+    """A row for each kernel that asks for block sizes in a call, traced anew when jax has forgotten it."""
+    blocks.asked.clear()
     jax.clear_caches()
     call()
-    key, start = blocks.asked[op]
 
-    def seconds(sizes: Mapping[str, int]) -> float:
+    def seconds(op: str, sizes: Mapping[str, int]) -> float:
         jax.clear_caches()
         with blocks.override(op, **sizes):
             try:
@@ -124,8 +124,11 @@ def tune(op: str, call: Callable[[], Any]) -> Row:
                 taken.append(watch.seconds)
         return statistics.median(taken)
 
-    best, before, after, tried = descend(start, seconds)
-    return Row(chip().name, op, key, best, 1e3 * before, 1e3 * after, tried)
+    rows = []
+    for op, (key, start) in dict(blocks.asked).items():
+        best, before, after, tried = descend(start, partial(seconds, op))
+        rows.append(Row(chip().name, op, key, best, 1e3 * before, 1e3 * after, tried))
+    return rows
 
 
 def descend(

@@ -1,7 +1,7 @@
 """latent_decode in XLA, the whole cache read once: block by block with a running softmax.
 
-A block stays in a CPU's cache between scores and values, and only blocks that some query sees are read. Of
-bf16 on a CPU the plain form is faster, and taken.
+A block stays in a CPU's cache between scores and values, and only blocks that some query sees are read. For
+bf16 and for small caches the plain form is faster on a CPU, and taken.
 """
 
 from functools import partial
@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from kernels_pallas.choice import chip
 from kernels_pallas.latent_decode.reference import latent_decode_reference
 from kernels_pallas.latents import Latents, dequantize
+
+_PLAIN_BYTES = 8 << 20
+"""Up to this much of a layer stays in a CPU's last cache, and is faster looked at as a whole."""
 
 _BLOCK_BYTES = 2 << 20
 """Of a block in fp32 on a CPU: it stays in a core's cache, and two cores still share the products of it."""
@@ -35,14 +38,17 @@ def latent_decode(
     """
     rows, tokens, heads, rank = q_latent.shape
     page, on_cpu = latents.capacity, chip().platform == "cpu"
-    if on_cpu and q_latent.dtype != jnp.float32 and not latents.quantized:
+    narrow = q_latent.dtype != jnp.float32
+    layer_bytes = 4 * rows * page * (rank + q_rope.shape[-1])
+    small = page_table is None and layer_bytes <= _PLAIN_BYTES
+    if on_cpu and not latents.quantized and (narrow or small):
         # Measured: on a CPU XLA multiplies whole bf16 arrays fast, blocks of them slowly.
         return latent_decode_reference(
             q_latent, q_rope, latents, layer, query_slots, logit_scale, page_table, scale=scale
         )
     # Elsewhere than on a CPU a step should be worth its start.
     fitting = _BLOCK_BYTES // (4 * rows * (rank + q_rope.shape[-1]))
-    wanted = max(32, 1 << fitting.bit_length() - 1) if on_cpu else max(512, 8192 // rows)
+    wanted = max(32, 1 << max(fitting, 1).bit_length() - 1) if on_cpu else max(512, 8192 // rows)
     dtype = jnp.float32 if on_cpu else q_latent.dtype
     if page_table is None:
         size, end = min(wanted, page), page

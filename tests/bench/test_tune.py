@@ -2,12 +2,17 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from iv3jax.bench import tune
+from iv3jax.chips import CHIPS
 from iv3jax.errors import UserError
 from kernels_pallas import blocks
+from kernels_pallas.choice import target
+
+OPERATIONS = {f"latent_{name}" for name in ("compress", "compress_into", "decode", "prefill", "attention")}
 
 
 def test_it_walks_downhill():
@@ -35,10 +40,25 @@ def test_it_measures_what_was_overridden():
             raise RuntimeError("does not fit")
         return jnp.zeros(())
 
-    row = tune.tune("op", call)
+    (row,) = tune.tune(call)
     assert (row.op, row.key) == ("op", "rank7") and {4, 8, 2} <= set(seen) and row.tried >= 3
     assert set(row.blocks) == {"query"} and row.after <= row.before
     assert "'rank7'): {'query':" in tune.format_table({"rows": [vars(row)]})
+
+
+def test_every_operation_is_traced_with_sizes_of_the_table():
+    """On each chip; nothing is compiled or run."""
+    for name, made_for in CHIPS.items():
+        with target(made_for):
+            blocks.asked.clear()
+            for call in tune.operations(256, 512):
+                jax.eval_shape(call)
+            asked = {op.removesuffix("_tpu").removesuffix("_gpu") for op in blocks.asked}
+            assert asked == OPERATIONS
+            known = blocks.TABLE[name]
+            assert known and all(sizes for sizes in known.values())
+            for row in [(op, key) for op, (key, _) in blocks.asked.items() if (op, key) in known]:
+                assert blocks.asked[row[0]][1] == known[row]
 
 
 def test_a_cpu_is_refused():

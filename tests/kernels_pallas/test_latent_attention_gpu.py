@@ -46,7 +46,7 @@ def parameters():
         yield pytest.param(case, id=str(case), marks=[] if number in QUICK else pytest.mark.medium)
 
 
-@pytest.mark.parametrize("case", parameters())
+@pytest.mark.parametrize("case", list(parameters()))
 def test_values_and_gradients(case):
     with override("latent_attention_gpu", **SMALL):
         assert max(errors(case)) <= 1e-5

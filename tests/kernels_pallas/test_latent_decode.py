@@ -12,8 +12,8 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.blocks import override
-from kernels_pallas.latent_attention.reference import latent_attention
-from kernels_pallas.latent_decode import tpu
+from kernels_pallas.latent_attention.reference import latent_attention_reference
+from kernels_pallas.latent_decode import tpu, xla
 from kernels_pallas.latent_decode.ops import latent_decode, merge
 from kernels_pallas.latent_decode.reference import latent_decode_reference
 from kernels_pallas.latents import Latents
@@ -24,6 +24,13 @@ BF16 = 2e-2
 """Of the largest output: queries, weights and latents are rounded to 8 bits."""
 
 SMALL = {"tpu": {"block": 32, "chunk": 16}, "gpu": {"block": 16, "queries": 16}}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks_in_xla(monkeypatch):
+    """32 slots, the least; and none of these small caches is looked at as a whole."""
+    monkeypatch.setattr(xla, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(xla, "_PLAIN_BYTES", 0)
 
 
 def call(implementation, args, **kwargs):
@@ -196,10 +203,11 @@ def test_it_is_the_expanded_attention():
         q_latent = jnp.einsum("bthn,hnr->bthr", q_nope, w_uk)
         mask = AttentionMask(jnp.ones((1, 1), jnp.int32), None, last)
         values = jnp.broadcast_to(c[:, :, None], (1, slots, heads, rank))
-        k_nope = jnp.einsum("bsr,hnr->bshn", c, w_uk)
+        kv = jnp.concatenate([jnp.einsum("bsr,hnr->bshn", c, w_uk), values], axis=-1)
+        query = jnp.concatenate([q_nope, q_rope], axis=-1)
         return (
             latent_decode(q_latent, q_rope, latents, 0, last, (n + e) ** -0.5)[0],
-            latent_attention(q_nope, q_rope, k_nope, k_rope, values, mask),
+            latent_attention_reference(query, kv, k_rope, mask)[0],
         )
 
     out, expected = both(*(rng.standard_normal(shape, np.float32) for shape in shapes))

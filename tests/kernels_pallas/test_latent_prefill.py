@@ -72,7 +72,7 @@ def called(arguments, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
-@pytest.mark.parametrize("case", parameters())
+@pytest.mark.parametrize("case", list(parameters()))
 def test_values(case, implementation, small_blocks):
     assert error(called(cases.arguments_of(case), implementation), case) <= 1e-5
     assert taken()["latent_prefill"].startswith(implementation)
