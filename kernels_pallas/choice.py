@@ -81,6 +81,11 @@ class Version:
     refusal: str | None = None
 
 
+def no_float16(name: str, x: jax.Array) -> str | None:
+    """The refusal of the kernels where an argument is float16, which XLA alone takes."""
+    return f"{name} is float16; kernels take float32 and bfloat16" if x.dtype.name == "float16" else None
+
+
 def run(op: str, implementation: str | None, versions: Mapping[str, Version], *args: Any) -> Any:
     """Calls the implementation that was named, or the best one for the chip.
 

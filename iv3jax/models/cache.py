@@ -62,7 +62,7 @@ class Cache(NamedTuple):
         return Cache(entries, jnp.minimum(wanted, self.capacity), self.overflow | (wanted > self.capacity))
 
 
-CACHE_DTYPES = ("float32", "bfloat16", *LARGEST)
+CACHE_DTYPES = ("float32", "bfloat16", "float16", *LARGEST)
 """What a cache can hold; the last are quantised, for M²LA only."""
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.choice import Version, run
+from kernels_pallas.choice import Version, no_float16, run
 from kernels_pallas.latent_attention import (
     gpu,
     gpu_backward,
@@ -39,7 +39,7 @@ def latent_attention(
     Differentiable in everything but the mask.
 
     Args:
-        query: (B, T, H, n+e) fp32 or bf16, [q_nope ‖ rotated q_rope] as q_proj gives them.
+        query: (B, T, H, n+e) fp32 or bf16 (in XLA fp16 too), [q_nope ‖ rotated q_rope] as q_proj gives them.
         kv: (B, S, H, n+v), [k_nope ‖ value] as kv_b_proj gives them, in query's dtype.
         k_rope: (B, S, e), rotated, one for all heads, in query's dtype.
         mask: who sees whom, by segment and by slot; tokens may lie in any order (zig-zag).
@@ -109,8 +109,12 @@ def _run(
     _check(query, kv, k_rope, mask, logit_scale)
     versions = {
         "xla": Version(xla.latent_attention),
-        "tpu": Version(partial(_with_kernels, _TPU), tpu_tiles.refusal(query, kv, k_rope)),
-        "gpu": Version(partial(_with_kernels, _GPU), gpu.refusal(query, kv, k_rope)),
+        "tpu": Version(
+            partial(_with_kernels, _TPU), no_float16("query", query) or tpu_tiles.refusal(query, kv, k_rope)
+        ),
+        "gpu": Version(
+            partial(_with_kernels, _GPU), no_float16("query", query) or gpu.refusal(query, kv, k_rope)
+        ),
     }
     return run("latent_attention", implementation, versions, query, kv, k_rope, logit_scale, mask)
 
@@ -167,8 +171,8 @@ def _check(
         refuse("k_rope", k_rope.shape, "(B, S, e), none of them 0")
     (rows, tokens, heads, both), keys = query.shape, kv.shape[1]
     n = both - k_rope.shape[-1]
-    if query.dtype not in (jnp.float32, jnp.bfloat16):
-        refuse("query", query.dtype, "float32 or bfloat16")
+    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        refuse("query", query.dtype, "float32, bfloat16 or float16")
     for name, x in (("kv", kv), ("k_rope", k_rope)):
         if x.dtype != query.dtype:
             refuse(name, x.dtype, f"query's dtype {query.dtype}")

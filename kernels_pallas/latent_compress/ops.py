@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.choice import Version, run
+from kernels_pallas.choice import Version, no_float16, run
 from kernels_pallas.latent_compress import gpu, tpu, xla
 from kernels_pallas.latent_compress.reference import Affine
 from kernels_pallas.latents import LARGEST, Latents, groups_of
 
 __all__ = ["Affine", "latent_compress", "latent_compress_into"]
 
-_FLOATS = ("float32", "bfloat16")
+_FLOATS = ("float32", "bfloat16", "float16")
 
 _Arguments = tuple[
     jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array, Affine | None, jax.Array | None
@@ -38,7 +38,7 @@ def latent_compress(
     machine's rate. Nothing is kept but the arguments, and nothing is computed again.
 
     Args:
-        x: (B, T, D) float32 or bfloat16.
+        x: (B, T, D) float32 or bfloat16; float16 in XLA only.
         kernel: (r+e, D) in x's dtype, output first; its last e rows in the checkpoint's order, pair i at
             (2i, 2i+1).
         bias: (r+e,) or None.
@@ -100,14 +100,16 @@ def latent_compress_into(
     def plain(*arguments: Any) -> Latents:
         return xla.write(latents, layer, offsets, counts, xla.latent_compress(*arguments))
 
+    narrow = no_float16("x", x)
     versions = {
         "xla": Version(plain),
         "tpu": Version(
             partial(tpu.latent_compress_into, latents, layer, offsets, counts),
-            tpu.refusal(x, kernel, cos, affine, latents),
+            narrow or tpu.refusal(x, kernel, cos, affine, latents),
         ),
         "gpu": Version(
-            partial(gpu.latent_compress_into, latents, layer, offsets, counts), gpu.refusal(latents)
+            partial(gpu.latent_compress_into, latents, layer, offsets, counts),
+            narrow or gpu.refusal(latents),
         ),
     }
     written: Latents = run(op, implementation, versions, *arguments)
@@ -128,10 +130,11 @@ def _compress(
     def plain(*arguments: Any) -> jax.Array:
         return xla.latent_compress(*arguments).astype(x.dtype)
 
+    narrow = no_float16("x", x)
     versions = {
         "xla": Version(plain),
-        "tpu": Version(tpu.latent_compress, tpu.refusal(x, kernel, cos, affine)),
-        "gpu": Version(gpu.latent_compress),
+        "tpu": Version(tpu.latent_compress, narrow or tpu.refusal(x, kernel, cos, affine)),
+        "gpu": Version(gpu.latent_compress, narrow),
     }
     out: jax.Array = run(
         "latent_compress", implementation, versions, x, kernel, bias, cos, sin, affine, modality

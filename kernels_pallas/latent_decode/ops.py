@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.choice import Version, run
+from kernels_pallas.choice import Version, no_float16, run
 from kernels_pallas.latent_decode import gpu, tpu, xla
 from kernels_pallas.latents import LARGEST, Latents, groups_of
 
@@ -63,11 +63,16 @@ def latent_decode(
     if not latents.quantized:
         dtype = jnp.promote_types(dtype, latents.values.dtype)
     rows, tokens, heads, _ = q_latent.shape
+    narrow = no_float16("q_latent", q_latent) or no_float16("latents.values", latents.values)
     limits = (latents, q_rope.shape[-1], (rows, tokens, heads), page_table)
     versions = {
         "xla": Version(partial(xla.latent_decode, scale=scale)),
-        "tpu": Version(partial(tpu.latent_decode, scale=scale, splits=splits), tpu.refusal(*limits)),
-        "gpu": Version(partial(gpu.latent_decode, scale=scale, splits=splits), gpu.refusal(*limits)),
+        "tpu": Version(
+            partial(tpu.latent_decode, scale=scale, splits=splits), narrow or tpu.refusal(*limits)
+        ),
+        "gpu": Version(
+            partial(gpu.latent_decode, scale=scale, splits=splits), narrow or gpu.refusal(*limits)
+        ),
     }
     outs, lses = run(
         "latent_decode",

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.choice import Version, run
+from kernels_pallas.choice import Version, no_float16, run
 from kernels_pallas.latent_prefill import gpu, tpu
 from kernels_pallas.latent_prefill.xla import latent_prefill_xla
 from kernels_pallas.latents import LARGEST, Latents, scale_rows
@@ -46,10 +46,11 @@ def latent_prefill(
         ValueError: an argument's shape or dtype does not fit, or the implementation named does not take it.
     """
     rope_dim = _check(query, latents, layer, kernel, query_slots, logit_scale)
+    narrow = no_float16("query", query) or no_float16("latents.values", latents.values)
     versions = {
         "xla": Version(latent_prefill_xla),
-        "tpu": Version(tpu.latent_prefill_tpu, tpu.refusal(query, latents, kernel, rope_dim)),
-        "gpu": Version(gpu.latent_prefill_gpu, gpu.refusal(query, kernel, rope_dim)),
+        "tpu": Version(tpu.latent_prefill_tpu, narrow or tpu.refusal(query, latents, kernel, rope_dim)),
+        "gpu": Version(gpu.latent_prefill_gpu, narrow or gpu.refusal(query, kernel, rope_dim)),
     }
     layer = jnp.asarray(layer, jnp.int32)
     return run(

@@ -34,9 +34,6 @@ def refusal(query: jax.Array, latents: Latents, kernel: jax.Array, rope_dim: int
     for name, size in (("n", n), ("e", rope_dim), ("v", both - n), ("r", rank)):
         if size % _LANES:
             return f"{name} is {size}; a TPU takes multiples of {_LANES}"
-    for name, x in (("query", query), ("latents.values", latents.values)):
-        if x.dtype == jnp.float16:
-            return f"{name} is float16; a TPU takes bfloat16 and float32"
     if latents.capacity % _SUBLANES:
         # The compiler lays such an array out in another way, and would copy all of it for the kernel.
         return f"latents has {latents.capacity} slots; a TPU takes multiples of {_SUBLANES}"

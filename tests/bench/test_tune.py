@@ -41,11 +41,12 @@ def test_it_measures_what_was_overridden():
         return jnp.zeros(())
 
     (row,) = tune.tune(call)
-    assert (row.op, row.key) == ("op", "rank7") and {4, 8, 2} <= set(seen) and row.tried >= 3
+    assert (row.op, row.key) == ("op", "rank7") and {4, 8} <= set(seen) and row.tried >= 2
     assert set(row.blocks) == {"query"} and row.after <= row.before
     assert "'rank7'): {'query':" in tune.format_table({"rows": [vars(row)]})
 
 
+@pytest.mark.medium
 def test_every_operation_is_traced_with_sizes_of_the_table():
     """On each chip; nothing is compiled or run."""
     for name, made_for in CHIPS.items():

@@ -1,9 +1,11 @@
 """Which implementation runs, and what is said of it."""
 
+import jax.numpy as jnp
 import pytest
 
 from kernels_pallas import blocks, choice
 from kernels_pallas.choice import Chip, Version
+from kernels_pallas.latent_compress.ops import latent_compress
 
 
 def versions(tpu=None, gpu=None):
@@ -44,6 +46,16 @@ def test_refusals():
         choice.run("op", "cuda", versions(), 1)
     with pytest.raises(ValueError, match="op: implementation 'tpu': rank is 3"):
         choice.run("op", "tpu", versions(tpu="rank is 3"), 1)
+
+
+def test_float16_is_for_xla():
+    x = jnp.zeros((1, 2, 8), jnp.float16)
+    angles = jnp.ones((1, 2, 2))
+    given = (x, jnp.zeros((12, 8), jnp.float16), None, angles, angles)
+    assert latent_compress(*given).dtype == jnp.float16
+    for name in ("tpu", "gpu"):
+        with pytest.raises(ValueError, match="x is float16; kernels take float32 and bfloat16"):
+            latent_compress(*given, implementation=name)
 
 
 def test_block_sizes(monkeypatch):

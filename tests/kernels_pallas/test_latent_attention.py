@@ -55,6 +55,7 @@ def errors(case, implementation, dtype=jnp.float32, blocks=SMALL, lost_lse=None)
     return [worst(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_xla_is_the_reference(case):
     assert max(errors(case, "xla")) < 1e-5
@@ -166,7 +167,10 @@ def replaced(**changes):
     ("changes", "message"),
     [
         ({"query": jnp.zeros((2, 64, 12))}, r"query is \(2, 64, 12\); accepted is \(B, T, H, n\+e\)"),
-        ({"query": jnp.zeros((2, 64, 4, 12), jnp.int8)}, "query is int8; accepted is float32 or bfloat16"),
+        (
+            {"query": jnp.zeros((2, 64, 4, 12), jnp.int8)},
+            "query is int8; accepted is float32, bfloat16 or float16",
+        ),
         ({"query": jnp.zeros((2, 64, 4, 4))}, r"query is .*; accepted is more dims than k_rope's e = 4"),
         (
             {"kv": jnp.zeros((2, 64, 4, 16), jnp.bfloat16)},

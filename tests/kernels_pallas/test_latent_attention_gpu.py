@@ -12,6 +12,8 @@ from kernels_pallas.choice import target
 from kernels_pallas.latent_attention import gpu, gpu_backward
 from kernels_pallas.mask import AttentionMask
 
+pytestmark = pytest.mark.medium
+
 SMALL = {"forward_q": 16, "forward_k": 8, "dq_q": 8, "dq_k": 16, "dkv_q": 16, "dkv_k": 8}
 QUICK = (1, 4)
 """Of cases.CASES: one token; packed with a logit scale."""

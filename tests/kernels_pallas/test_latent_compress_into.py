@@ -18,6 +18,8 @@ from kernels_pallas.latent_compress.ops import latent_compress_into
 from kernels_pallas.latent_compress.reference import latent_compress_reference, write_reference
 from kernels_pallas.latents import Latents, groups_of
 
+pytestmark = pytest.mark.medium
+
 KINDS = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 
 LAYER = 1

@@ -121,6 +121,7 @@ def test_tokens_dealt_in_zigzag_give_the_same_loss_and_gradients(sizes):
     assert not any(shape[-3:] in ((48, 4, 16), (48, 2, 16)) for shape in shapes)
 
 
+@pytest.mark.medium
 def test_dealt_tokens_on_one_device():
     model, params, batch, ((loss, logits), _) = one_device("m2la", 4)
     order = np.random.default_rng(0).permutation(48)
