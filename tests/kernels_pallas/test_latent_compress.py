@@ -138,7 +138,7 @@ def test_a_named_tpu_refuses_odd_sizes():
 
 WRONG = {
     "x is": lambda a: a | {"x": a["x"][0]},
-    "x's dtype is float16; accepted is float32 or bfloat16": lambda a: a | {"x": a["x"].astype(jnp.float16)},
+    "x's dtype is int8; accepted is float32 or bfloat16": lambda a: a | {"x": a["x"].astype(jnp.int8)},
     r"kernel is \(40, 23\); accepted is \(r\+e, D=24\)": lambda a: a | {"kernel": a["kernel"][:, 1:]},
     "kernel's dtype is bfloat16; accepted is x's, float32": lambda a: (
         a | {"kernel": a["kernel"].astype(jnp.bfloat16)}
