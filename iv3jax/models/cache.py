@@ -66,12 +66,17 @@ CACHE_DTYPES = ("float32", "bfloat16", "float16", *LARGEST)
 """What a cache can hold; the last are quantised, for M²LA only."""
 
 
+_TILE = 128
+"""Slots in a tile of a chip's memory, whichever way an entry lies."""
+
+
 def init_cache(
     config: TextConfig, rows: int, capacity: int, dtype: DType = jnp.bfloat16, scan_layers: bool = True
 ) -> Cache:
     """An empty cache of `rows` × `capacity` tokens, in the form that `Execution.scan_layers` asks for.
 
-    Under a mesh with a context axis slots are split over it, and the capacity is rounded up to fit.
+    The capacity is rounded up: under a mesh with a context axis, over which slots are split, and for a TPU or
+    GPU, whose kernels take whole tiles.
 
     Raises:
         UserError: a dtype that is not one of CACHE_DTYPES, or a quantised one for GQA.
@@ -79,7 +84,8 @@ def init_cache(
     name = jnp.dtype(dtype).name
     if name not in CACHE_DTYPES:
         raise UserError(f"cache dtype {name} is not one of {', '.join(CACHE_DTYPES)}")
-    capacity = whole_parts("slots", capacity)
+    tile = 1 if chip().platform == "cpu" else _TILE
+    capacity = whole_parts("slots", -(-capacity // tile)) * tile
     layers, (groups, dim) = config.num_hidden_layers, (config.num_key_value_heads, config.head_dim)
     shapes: dict[str, tuple[tuple[int, ...], DType]]
     if config.kv_lora_rank is None:

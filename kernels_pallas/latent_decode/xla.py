@@ -40,7 +40,7 @@ def latent_decode(
     page, on_cpu = latents.capacity, chip().platform == "cpu"
     narrow = q_latent.dtype != jnp.float32
     layer_bytes = 4 * rows * page * (rank + q_rope.shape[-1])
-    small = page_table is None and layer_bytes <= _PLAIN_BYTES
+    small = page_table is None and layer_bytes < _PLAIN_BYTES
     if on_cpu and not latents.quantized and (narrow or small):
         # Measured: on a CPU XLA multiplies whole bf16 arrays fast, blocks of them slowly.
         return latent_decode_reference(

@@ -13,6 +13,8 @@ from kernels_pallas.choice import Chip
 from kernels_pallas.latent_compress.ops import Affine, latent_compress
 from kernels_pallas.latent_compress.reference import latent_compress_reference
 
+pytestmark = pytest.mark.medium
+
 IMPLEMENTATIONS = ("xla", "tpu", "gpu")
 
 # B, T, D, r, e, bias, affine

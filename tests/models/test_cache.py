@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models.peers import ATTENTIONS, conversation, difference, forward, random_model, tiny_config
 
+from iv3jax.chips import CHIPS
 from iv3jax.data.collate import collate
+from iv3jax.errors import UserError
 from iv3jax.models.batch import Batch
 from iv3jax.models.cache import Cache, init_cache, write
 from iv3jax.models.presets import PRESETS
+from kernels_pallas.choice import target
 
 CAPACITY = 12
 
@@ -171,6 +174,21 @@ def test_slots_and_writes_against_a_loop(heads, rows):
     after = cache.advanced({"entry": written}, jnp.asarray(segments))
     np.testing.assert_array_equal(written, expected.swapaxes(2, 3))
     assert after.length.tolist() == lengths and after.overflow.tolist() == overflow
+
+
+def test_capacity_in_whole_tiles_on_a_chip():
+    config = PRESETS["internvideo3_8b"].text_config
+    for chip, capacity in (("v5p", 256), ("h100", 256)):
+        with target(CHIPS[chip]):
+            assert jax.eval_shape(lambda: init_cache(config, 1, 130)).capacity == capacity
+    assert jax.eval_shape(lambda: init_cache(config, 1, 130)).capacity == 130
+
+
+def test_unknown_and_unfitting_dtypes():
+    with pytest.raises(UserError, match="cache dtype int4 is not one of float32, bfloat16"):
+        init_cache(tiny_config("m2la").text_config, 1, 4, jnp.int4)
+    with pytest.raises(UserError, match="int8 is for latents, and this model has keys and values"):
+        init_cache(tiny_config("gqa").text_config, 1, 4, jnp.int8)
 
 
 @pytest.mark.parametrize(
