@@ -238,7 +238,7 @@ WRONG = {
     "latents.k_rope's dtype is int8": lambda q: changed(q, k_rope=q.k_rope.astype(jnp.int8)),
     r"offsets is \(1,\); accepted is \(B=2,\)": lambda q: {"offsets": jnp.zeros((1,), jnp.int32)},
     "counts's dtype is float32; accepted is int32": lambda q: {"counts": jnp.zeros((2,), jnp.float32)},
-    "x's dtype is int8": lambda q: {"x": jnp.zeros((2, 3, 24), jnp.float16)},
+    "x's dtype is int8": lambda q: {"x": jnp.zeros((2, 3, 24), jnp.int8)},
 }
 
 
