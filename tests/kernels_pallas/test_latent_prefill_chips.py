@@ -29,8 +29,8 @@ def compiled(chip, tokens, slots, stored="bfloat16", rows=1, groups=0):
 
     def call(query, latents, layer, kernel, query_slots, logit_scale):
         query = query.reshape(rows, tokens, HEADS, NOPE + ROPE)
-        out = latent_prefill(query, latents, layer, kernel, query_slots, logit_scale=logit_scale)
-        return out.reshape(rows, tokens, HEADS * VALUE)
+        out, lse = latent_prefill(query, latents, layer, kernel, query_slots, logit_scale=logit_scale)
+        return out.reshape(rows, tokens, HEADS * VALUE), lse
 
     program = compile_for(
         chip,
