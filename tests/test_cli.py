@@ -207,4 +207,6 @@ def test_no_model_says_how_to_get_one(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_the_installed_command_prints_no_traceback():
     argv = [sys.executable, "-m", "iv3jax.cli", "ask", "none.mp4", ""]
     done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "iv3: error: the question is empty\n"
+    # Where the extra `chips` is installed, its plugin has its say before.
+    said = [line for line in done.stderr.splitlines() if "absl::" not in line and "cudart" not in line]
+    assert done.returncode == 2 and said == ["iv3: error: the question is empty"]
