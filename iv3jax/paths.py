@@ -231,9 +231,16 @@ async def _read_pieces(
     """Reads the ranges [start, stop) of a file and hands each over as it arrives, in any order."""
     gate = asyncio.Semaphore(_PIECES)
 
+    async def piece(start: int, stop: int) -> bytes:
+        return await asyncio.wait_for(system._cat_file(key, start=start, end=stop), patience)
+
     async def read(start: int, stop: int) -> None:
         async with gate:
-            put(start, stop, await asyncio.wait_for(system._cat_file(key, start=start, end=stop), patience))
+            data = await piece(start, stop)
+            if len(data) != stop - start:
+                # An answer may be cut or mixed up on its way; a file that really ended says so again.
+                data = await piece(start, stop)
+            put(start, stop, data)
 
     tasks = [asyncio.ensure_future(read(*piece)) for piece in pieces]
     try:

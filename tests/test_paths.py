@@ -97,6 +97,24 @@ def test_ranges(folder, monkeypatch):
     assert text == f"{folder / 'x'}: ended or changed while it was read; read it again"
 
 
+def test_a_cut_answer_is_asked_for_again(folder, monkeypatch):
+    monkeypatch.setattr(paths, "_PIECE", 1000)
+    data = os.urandom(2500)
+    (folder / "x").write_bytes(data)
+    system, cut = paths._file_system(folder.scheme), []
+
+    async def once_short(*args, **kwargs):
+        whole = await read(*args, **kwargs)
+        if kwargs["start"] == 1000 and not cut:
+            cut.append(len(whole))
+            return whole[:-1]
+        return whole
+
+    read = system._cat_file
+    monkeypatch.setattr(system, "_cat_file", once_short)
+    assert (folder / "x").read_range(0, 2500) == data and cut == [1000]
+
+
 SEEKS = [(0, 0, 5), (50_000, 0, 999), (-7, 2, 100), (-4000, 1, 2500), (10, 2, 3), (1, 0, 30_000), (0, 0, -1)]
 
 

@@ -20,7 +20,7 @@ from kernels_pallas.latent_prefill.ops import latent_prefill
 from kernels_pallas.latent_prefill.reference import latent_prefill_reference
 from kernels_pallas.latents import Latents, scale_rows
 
-QUICK = 3
+QUICK = 1
 """How many of cases.CASES are tested with the quick tests."""
 
 

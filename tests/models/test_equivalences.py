@@ -265,6 +265,7 @@ def test_blocks_of_queries(name, block, monkeypatch):
     assert tree_difference(got, expected) <= TOLERANCE
 
 
+@pytest.mark.medium
 def test_model_in_blocks_of_queries(tiny, monkeypatch):
     model, params = tiny
     batch = collate([samples(model.config)], model.config, length=75)

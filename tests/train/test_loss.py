@@ -137,6 +137,7 @@ def test_reductions_differ_where_they_should():
     assert got == pytest.approx([1 / 5, 1 / 2, 1 / 3], rel=1e-6)
 
 
+@pytest.mark.medium
 def test_a_packs_loss_is_its_samples_loss():
     """From tokens to loss through the model: packed and one by one, all three reductions, 1e-5."""
     model, params = random_model(tiny_config("m2la"))
