@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--random-weights", action="store_true", help="allow a preset, with random weights")
     sub.add_argument("--weights", help="int8 or nf4: store the linear layers so (default: as they are)")
     sub.add_argument(
-        "--cache-dtype", help="float32, bfloat16, int8 or float8_e4m3fn (default: the dtype of computing)"
+        "--cache-dtype",
+        help="float32, bfloat16, float16, int8, float8_e4m3fn (default: the dtype of computing)",
     )
     sub.add_argument("--fps", type=float, help="frames to sample per second (default: the model folder's)")
     sub.add_argument("--max-frames", type=int, help="most frames to sample (default: the model folder's)")

@@ -24,6 +24,7 @@ from kernels_pallas.latent_decode import ops as latent_decode_ops
 from kernels_pallas.latent_prefill import ops as latent_prefill_ops
 from kernels_pallas.latents import Latents
 from kernels_pallas.mask import AttentionMask, masked_softmax
+from kernels_pallas.merge import merge
 from kernels_pallas.product import product
 from kernels_pallas.query_blocks import in_query_blocks
 
@@ -310,11 +311,7 @@ def _over_cache(
         out, lse = attend(here, layer, slots, *queries)
         if not across:
             return out
-        largest = jax.lax.pmax(lse, across)
-        weight = jnp.where(lse == -jnp.inf, 0, jnp.exp(lse - jnp.where(largest == -jnp.inf, 0, largest)))
-        total = jax.lax.psum(weight, across)
-        out = jax.lax.psum(out.astype(jnp.float32) * weight[..., None], across)
-        return out / jnp.where(total == 0, 1, total)[..., None]
+        return merge(*(jax.lax.all_gather(x.astype(jnp.float32), across) for x in (out, lse)))[0]
 
     specs = [*_CACHE, (), ("batch", None), *inputs]
     return split(local, specs, [("batch", None, "act_heads", None)], *latents, layer, slots, *queries)

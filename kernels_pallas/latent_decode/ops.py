@@ -1,6 +1,6 @@
 """latent_decode: absorbed M²LA attention of a few query tokens over the latent cache.
 
-Here the arguments are checked and an implementation is chosen; `merge` joins parts of a context.
+Here the arguments are checked and an implementation is chosen.
 """
 
 from functools import partial
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kernels_pallas.choice import Version, no_float16, run
 from kernels_pallas.latent_decode import gpu, tpu, xla
 from kernels_pallas.latents import LARGEST, Latents, groups_of
+from kernels_pallas.merge import merge
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -87,28 +88,6 @@ def latent_decode(
         page_table,
     )
     return merge(outs, lses)
-
-
-def merge(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Attention over the whole context from attention over its parts, exactly.
-
-    Args:
-        outs: (N, …, r) fp32, of each of N parts.
-        lses: (N, …) fp32, their log-sum-exps; −inf where a part saw nothing.
-
-    Returns:
-        out (…, r) and lse (…), as of one part.
-    """
-    if outs.shape[0] == 1:
-        return outs[0], lses[0]
-    top = jnp.max(lses, axis=0)
-    top = jnp.where(jnp.isneginf(top), 0.0, top)
-    weights = jnp.exp(lses - top)
-    total = jnp.sum(weights, axis=0)
-    empty = total == 0
-    total = jnp.where(empty, 1.0, total)
-    out = jnp.sum(outs * weights[..., None], axis=0) / total[..., None]
-    return out, jnp.where(empty, -jnp.inf, top + jnp.log(total))
 
 
 def _check(

@@ -15,6 +15,7 @@ from kernels_pallas.latent_attention import gpu as attention
 from kernels_pallas.latent_prefill.xla import cut, floats
 from kernels_pallas.latents import Latents
 from kernels_pallas.mask import AttentionMask
+from kernels_pallas.merge import merge
 
 EXPANDED = 256 * 2**20
 """Bytes of expanded keys and values that lie in memory at a time."""
@@ -55,27 +56,16 @@ def latent_prefill_gpu(
         expanded = jnp.einsum("bsr,hkr->bshk", part[..., :rank], kernel)
         by_slot = None if logit_scale is None else cut(logit_scale, layer, start, stretch, 3)
         mask = AttentionMask(sees, (key_slots >= j * stretch).astype(jnp.int32), slots, key_slots)
-        new = attention.forward(
+        out, lse = attention.forward(
             query, expanded, part[..., rank:], by_slot, mask, interpret=interpret, out_dtype=jnp.float32
         )
-        return _merged(state, new)
+        return merge(jnp.stack([state[0], out]), jnp.stack([state[1], lse.swapaxes(1, 2)]))
 
     rope_dim = latents.values.shape[-1] - rank if latents.k_rope is None else latents.k_rope.shape[-1]
     value_dim = both - (width - rope_dim)
     nothing = (
         jnp.zeros((rows, tokens, heads, value_dim), jnp.float32),
-        jnp.full((rows, heads, tokens), -jnp.inf),
+        jnp.full((rows, tokens, heads), -jnp.inf),
     )
     out, lse = jax.lax.fori_loop(0, jnp.max(slots) // stretch + 1, one, nothing)
-    return out.astype(dtype), lse.swapaxes(1, 2)
-
-
-def _merged(
-    old: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Attention over two parts of the context from attention over each: out (B, T, H, v), lse (B, H, T)."""
-    lse = jnp.logaddexp(old[1], new[1])
-    # Where neither part saw anything, −inf − −inf would be NaN.
-    finite = jnp.where(lse == -jnp.inf, 0.0, lse)
-    before, after = (jnp.exp(part[1] - finite).swapaxes(1, 2)[..., None] for part in (old, new))
-    return before * old[0] + after * new[0], lse
+    return out.astype(dtype), lse

@@ -14,10 +14,11 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.blocks import override
 from kernels_pallas.latent_attention.reference import latent_attention_reference
 from kernels_pallas.latent_decode import tpu, xla
-from kernels_pallas.latent_decode.ops import latent_decode, merge
+from kernels_pallas.latent_decode.ops import latent_decode
 from kernels_pallas.latent_decode.reference import latent_decode_reference
 from kernels_pallas.latents import Latents
 from kernels_pallas.mask import AttentionMask
+from kernels_pallas.merge import merge
 
 FP32 = 1e-5
 BF16 = 2e-2
