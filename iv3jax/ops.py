@@ -20,6 +20,8 @@ from kernels_pallas.cached_attention import cached_attention
 from kernels_pallas.choice import IMPLEMENTATIONS, ImplementationError, chip, log_line, taken
 from kernels_pallas.latent_attention import ops as latent_attention_ops
 from kernels_pallas.latent_compress import ops as latent_compress_ops
+from kernels_pallas.latent_compress.ops import Affine
+from kernels_pallas.latent_compress.xla import write_factors
 from kernels_pallas.latent_decode import ops as latent_decode_ops
 from kernels_pallas.latent_prefill import ops as latent_prefill_ops
 from kernels_pallas.latents import Latents
@@ -30,6 +32,7 @@ from kernels_pallas.query_blocks import in_query_blocks
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Affine",
     "AttentionMask",
     "attention",
     "attention_over_cache",
@@ -40,6 +43,7 @@ __all__ = [
     "latent_decode",
     "latent_prefill",
     "log_line",
+    "logit_scale_into",
     "product",
     "taken",
 ]
@@ -71,6 +75,9 @@ _CACHE = (
     ("layers", "batch", "slots", None),
 )
 """The logical axes of Latents."""
+_AFFINE = ((None, None, None), (None, None))
+_FACTORS = ("layers", "batch", "act_heads", "slots")
+"""Those of a cache's logit_scale."""
 
 
 FEW_QUERIES = 64
@@ -140,15 +147,45 @@ def attention_over_cache(query: Array, key: Array, value: Array, mask: Attention
 
 @_for_people
 def latent_compress(
-    x: Array, kernel: Array, bias: Array | None, cos: Array, sin: Array, *, implementation: str | None = None
+    x: Array,
+    kernel: Array,
+    bias: Array | None,
+    cos: Array,
+    sin: Array,
+    *,
+    affine: Affine | None = None,
+    modality: Array | None = None,
+    implementation: str | None = None,
 ) -> Array:
     """Hidden states → [c ‖ rotated k_rope] (B, T, r+e); see kernels_pallas.latent_compress.ops."""
 
-    def local(x: Array, kernel: Array, bias: Array | None, cos: Array, sin: Array) -> Array:
-        return latent_compress_ops.latent_compress(x, kernel, bias, cos, sin, implementation=implementation)
+    def local(
+        x: Array,
+        kernel: Array,
+        bias: Array | None,
+        cos: Array,
+        sin: Array,
+        matrix: Array | None,
+        shift: Array | None,
+        modality: Array | None,
+    ) -> Array:
+        return latent_compress_ops.latent_compress(
+            x,
+            kernel,
+            bias,
+            cos,
+            sin,
+            affine=_affine(matrix, shift),
+            modality=modality,
+            implementation=implementation,
+        )
 
-    inputs = [_HIDDEN, (None, None), (None,), _HIDDEN, _HIDDEN]
-    return split(local, inputs, [_HIDDEN], x, kernel, bias, cos, sin)
+    inputs = [_HIDDEN, (None, None), (None,), _HIDDEN, _HIDDEN, *_AFFINE, ("batch", "sequence")]
+    return split(local, inputs, [_HIDDEN], x, kernel, bias, cos, sin, *(affine or (None, None)), modality)
+
+
+def _affine(matrix: Array | None, shift: Array | None) -> Affine | None:
+    return None if matrix is None or shift is None else Affine(matrix, shift)
 
 
 @_for_people
@@ -163,31 +200,67 @@ def latent_compress_into(
     cos: Array,
     sin: Array,
     *,
+    affine: Affine | None = None,
+    modality: Array | None = None,
     implementation: str | None = None,
 ) -> Latents:
     """The cache with the rows' first `counts` tokens written from slot `offsets` on; see the kernel's ops."""
     across = axes_over("slots", latents.capacity)
 
     def local(
-        values: Array, scale: Array | None, k_rope: Array | None, layer: Array, offsets: Array, *rest: Any
+        values: Array,
+        scale: Array | None,
+        k_rope: Array | None,
+        layer: Array,
+        offsets: Array,
+        matrix: Array | None,
+        shift: Array | None,
+        modality: Array | None,
+        *rest: Any,
     ) -> tuple:
         here = Latents(values, scale, k_rope)
-        offsets = offsets - _first_slot(across, here)
+        offsets = offsets - _first_slot(across, here.capacity)
         written, _ = latent_compress_ops.latent_compress_into(
-            here, layer, offsets, *rest, implementation=implementation
+            here,
+            layer,
+            offsets,
+            *rest,
+            affine=_affine(matrix, shift),
+            modality=modality,
+            implementation=implementation,
         )
         return tuple(x for x in written if x is not None)
 
     tokens = ("batch", None, None)
-    inputs = [*_CACHE, (), ("batch",), ("batch",), tokens, (None, None), (None,), tokens, tokens]
+    adapting = [*_AFFINE, ("batch", None)]
+    inputs = [*_CACHE, (), ("batch",), *adapting, ("batch",), tokens, (None, None), (None,), tokens, tokens]
     outputs = _CACHE if latents.quantized else _CACHE[:1]
-    out = split(local, inputs, outputs, *latents, layer, offsets, counts, x, kernel, bias, cos, sin)
+    maps = (*(affine or (None, None)), modality)
+    out = split(local, inputs, outputs, *latents, layer, offsets, *maps, counts, x, kernel, bias, cos, sin)
     return Latents(*out) if isinstance(out, tuple) else Latents(out)
+
+
+def logit_scale_into(entry: Array, layer: Array, offsets: Array, counts: Array, factors: Array) -> Array:
+    """A cache's logit_scale (L, B, G, S) with the tokens' factors (B, T, G) in the slots of their latents."""
+    across = axes_over("slots", entry.shape[-1])
+
+    def local(entry: Array, layer: Array, offsets: Array, counts: Array, factors: Array) -> Array:
+        offsets = offsets - _first_slot(across, entry.shape[-1])
+        return write_factors(entry, layer, offsets, counts, factors)
+
+    inputs = [_FACTORS, (), ("batch",), ("batch",), ("batch", None, "act_heads")]
+    out: Array = split(local, inputs, [_FACTORS], entry, layer, offsets, counts, factors)
+    return out
 
 
 @_for_people
 def latent_attention(
-    query: Array, latent: Array, kernel: Array, mask: AttentionMask, implementation: str | None = None
+    query: Array,
+    latent: Array,
+    kernel: Array,
+    mask: AttentionMask,
+    implementation: str | None = None,
+    logit_scale: Array | None = None,
 ) -> Array:
     """M²LA of whole sequences, keys and values expanded from the latents (SPEC §2).
 
@@ -196,6 +269,7 @@ def latent_attention(
         latent: (B, T, r+e), [c ‖ rotated k_rope].
         kernel: (H, n+v, r), from a latent to each head's [k_nope ‖ value].
         mask: of tokens among themselves; `key_segments` and `query_slots` are needed.
+        logit_scale: (B, T, G) fp32 or None; multiplies the logits of a key and the heads of group g.
 
     Returns:
         (B, T, H, v) in query's dtype.
@@ -203,33 +277,52 @@ def latent_attention(
     across = axes_over("sequence", query.shape[1])
 
     def local(
-        query: Array, latent: Array, kernel: Array, segments: Array, slots: Array, key_slots: Array | None
+        query: Array,
+        latent: Array,
+        kernel: Array,
+        logit_scale: Array | None,
+        segments: Array,
+        slots: Array,
+        key_slots: Array | None,
     ) -> Array:
         key_segments = segments
         if across:
             gather = partial(jax.lax.all_gather, axis_name=across, axis=1, tiled=True)
             key_slots = gather(slots)
             latent, key_segments = gather(latent), gather(segments)
+            logit_scale = None if logit_scale is None else gather(logit_scale)
         seen = AttentionMask(segments, key_segments, slots, key_slots)
-        return _expanded(query, latent, kernel, seen, implementation)
+        factors = None if logit_scale is None else logit_scale.swapaxes(1, 2)
+        return _expanded(query, latent, kernel, seen, factors, implementation)
 
     assert mask.query_slots is not None
     tokens = ("batch", "sequence")
-    inputs = [_HEADS, _HIDDEN, ("act_heads", None, None), tokens, tokens, tokens]
-    given = (query, latent, kernel, mask.query_segments, mask.query_slots, mask.key_slots)
+    groups = ("batch", "sequence", "act_heads")
+    inputs = [_HEADS, _HIDDEN, ("act_heads", None, None), groups, tokens, tokens, tokens]
+    given = (query, latent, kernel, logit_scale, mask.query_segments, mask.query_slots, mask.key_slots)
     return split(local, inputs, [_HEADS], *given)
 
 
 def _expanded(
-    query: Array, latent: Array, kernel: Array, mask: AttentionMask, implementation: str | None
+    query: Array,
+    latent: Array,
+    kernel: Array,
+    mask: AttentionMask,
+    logit_scale: Array | None,
+    implementation: str | None,
 ) -> Array:
-    """Attention with keys and values expanded for as many heads at a time as EXPANDED_BYTES allow."""
+    """Attention with keys and values expanded for as many heads at a time as EXPANDED_BYTES allow.
+
+    logit_scale is (B, G, S) here.
+    """
     heads, both, rank = kernel.shape
     c, k_rope = latent[..., :rank], latent[..., rank:]
 
-    def attend(query: Array, kernel: Array) -> Array:
+    def attend(query: Array, kernel: Array, logit_scale: Array | None) -> Array:
         kv = jnp.einsum("bsr,hkr->bshk", c, kernel)
-        return latent_attention_ops.latent_attention(query, kv, k_rope, mask, implementation=implementation)
+        return latent_attention_ops.latent_attention(
+            query, kv, k_rope, mask, logit_scale=logit_scale, implementation=implementation
+        )
 
     one_head = math.prod(c.shape[:2]) * both * c.dtype.itemsize
     groups = next(
@@ -238,16 +331,22 @@ def _expanded(
         if heads % g == 0 and one_head * heads <= g * max(EXPANDED_BYTES, one_head)
     )
     if groups == 1:
-        return attend(query, kernel)
+        return attend(query, kernel, logit_scale)
+    size = heads // groups
     # Backwards keys and values are expanded again, but attention itself is not computed again.
     kept = jax.checkpoint_policies.save_only_these_names(*latent_attention_ops.RESIDUALS)
 
     @partial(jax.checkpoint, policy=kept)
     def one(first: Array) -> Array:
-        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=heads // groups)
-        return attend(cut(query, axis=2), cut(kernel, axis=0))
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
+        factors = None
+        if logit_scale is not None:
+            # The heads may be some of a group's, or of several: each has a row of its own here.
+            group = (first + jnp.arange(size)) // (heads // logit_scale.shape[1])
+            factors = jnp.take(logit_scale, group, axis=1)
+        return attend(cut(query, axis=2), cut(kernel, axis=0), factors)
 
-    out = jax.lax.map(one, jnp.arange(groups) * (heads // groups))
+    out = jax.lax.map(one, jnp.arange(groups) * size)
     return jnp.moveaxis(out, 0, 2).reshape(*query.shape[:3], -1)
 
 
@@ -259,18 +358,19 @@ def latent_prefill(
     kernel: Array,
     slots: Array,
     implementation: str | None = None,
+    logit_scale: Array | None = None,
 ) -> Array:
     """M²LA of many new tokens over a cache (B, T, H, v); see latent_prefill.ops there."""
 
     def attend(
-        latents: Latents, layer: Array, slots: Array, query: Array, kernel: Array
+        latents: Latents, layer: Array, slots: Array, logit_scale: Array | None, query: Array, kernel: Array
     ) -> tuple[Array, Array]:
         return latent_prefill_ops.latent_prefill(
-            query, latents, layer, kernel, slots, implementation=implementation
+            query, latents, layer, kernel, slots, logit_scale=logit_scale, implementation=implementation
         )
 
     inputs = [("batch", None, "act_heads", None), ("act_heads", None, None)]
-    return _over_cache(attend, latents, layer, slots, inputs, query, kernel).astype(query.dtype)
+    return _over_cache(attend, latents, layer, slots, logit_scale, inputs, query, kernel).astype(query.dtype)
 
 
 @_for_people
@@ -282,41 +382,67 @@ def latent_decode(
     slots: Array,
     scale: float,
     implementation: str | None = None,
+    logit_scale: Array | None = None,
 ) -> Array:
     """Absorbed M²LA of a few new tokens over a cache (B, T, H, r) fp32; see latent_decode.ops there."""
 
     def attend(
-        latents: Latents, layer: Array, slots: Array, q_latent: Array, q_rope: Array
+        latents: Latents,
+        layer: Array,
+        slots: Array,
+        logit_scale: Array | None,
+        q_latent: Array,
+        q_rope: Array,
     ) -> tuple[Array, Array]:
         return latent_decode_ops.latent_decode(
-            q_latent, q_rope, latents, layer, slots, scale, implementation=implementation
+            q_latent,
+            q_rope,
+            latents,
+            layer,
+            slots,
+            scale,
+            logit_scale=logit_scale,
+            implementation=implementation,
         )
 
     heads = ("batch", None, "act_heads", None)
-    return _over_cache(attend, latents, layer, slots, [heads, heads], q_latent, q_rope)
+    return _over_cache(attend, latents, layer, slots, logit_scale, [heads, heads], q_latent, q_rope)
 
 
 def _over_cache(
-    attend: Any, latents: Latents, layer: Array, slots: Array, inputs: list, *queries: Array
+    attend: Any,
+    latents: Latents,
+    layer: Array,
+    slots: Array,
+    logit_scale: Array | None,
+    inputs: list,
+    *queries: Array,
 ) -> Array:
-    """attend(latents, layer, slots, *queries) → (out, lse), on each device's slots, and merged."""
+    """attend(latents, layer, slots, logit_scale, *queries) → (out, lse), on each device's slots, merged."""
     across = axes_over("slots", latents.capacity)
 
     def local(
-        values: Array, scale: Array | None, k_rope: Array | None, layer: Array, slots: Array, *queries: Array
+        values: Array,
+        scale: Array | None,
+        k_rope: Array | None,
+        layer: Array,
+        slots: Array,
+        logit_scale: Array | None,
+        *queries: Array,
     ) -> Array:
         here = Latents(values, scale, k_rope)
         # Below zero, none of the slots here are seen.
-        slots = jnp.minimum(slots - _first_slot(across, here), here.capacity - 1)
-        out, lse = attend(here, layer, slots, *queries)
+        slots = jnp.minimum(slots - _first_slot(across, here.capacity), here.capacity - 1)
+        out, lse = attend(here, layer, slots, logit_scale, *queries)
         if not across:
             return out
         return merge(*(jax.lax.all_gather(x.astype(jnp.float32), across) for x in (out, lse)))[0]
 
-    specs = [*_CACHE, (), ("batch", None), *inputs]
-    return split(local, specs, [("batch", None, "act_heads", None)], *latents, layer, slots, *queries)
+    specs = [*_CACHE, (), ("batch", None), _FACTORS, *inputs]
+    given = (*latents, layer, slots, logit_scale, *queries)
+    return split(local, specs, [("batch", None, "act_heads", None)], *given)
 
 
-def _first_slot(across: tuple[str, ...], here: Latents) -> Array | int:
-    """The slot of the whole cache that this device's part begins with."""
-    return jax.lax.axis_index(across) * here.capacity if across else 0
+def _first_slot(across: tuple[str, ...], capacity: int) -> Array | int:
+    """The slot of the whole cache that this device's part, of so many slots, begins with."""
+    return jax.lax.axis_index(across) * capacity if across else 0

@@ -162,9 +162,10 @@ def check(files: TensorFiles, expected: Sequence[Tensor], ignored: Sequence[str]
     missing = [name for name in wanted if name not in held]
     unexpected = [n for n in files.names if n not in wanted and not any(re.fullmatch(p, n) for p in ignored)]
     shapes = [
-        f"{name} is {files.shape(name)} instead of {shape}"
-        for name, shape in wanted.items()
-        if name in held and files.shape(name) != shape
+        f"{t.name} is {files.shape(t.name)} instead of {t.shape}"
+        + (f" (rank {t.rank} in kv_lora_rank_list)" if t.rank is not None else "")
+        for t in expected
+        if t.name in held and files.shape(t.name) != t.shape
     ]
     problems = []
     if missing:

@@ -76,7 +76,8 @@ def small_files(loaded: LoadedModel, planned: Mapping[str, Planned]) -> dict[str
             found |= _as_they_are(source, (*NESTED, PROCESSOR_FILE))
     found[GENERATION] = _json(_generation(source, config, tokenizer))
     if config.model_type not in STOCK:
-        found |= {name: (remote_code.FOLDER / name).read_bytes() for name in remote_code.FILES}
+        files = remote_code.FILES[config.model_type]
+        found |= {name: (remote_code.FOLDER / name).read_bytes() for name in files}
     return found | {CONFIG: _json(config_dict(config, main_dtype(planned.values())))}
 
 
@@ -113,8 +114,8 @@ def config_dict(config: ModelConfig, dtype: str) -> dict[str, Any]:
         if not data.get("architectures"):
             data["architectures"] = [STOCK[config.model_type]]
     else:
-        data["architectures"] = [remote_code.ARCHITECTURE]
-        data["auto_map"] = dict(remote_code.AUTO_MAP)
+        data["architectures"] = [remote_code.ARCHITECTURES[config.model_type]]
+        data["auto_map"] = dict(remote_code.AUTO_MAP[config.model_type])
     return data
 
 

@@ -118,16 +118,16 @@ def load(
     if config.text_config.tie_word_embeddings:
         ignored.append(r"lm_head\.weight")
     check(files, expected, ignored)
-    file_dtypes = _check_dtypes(files, expected, dtype)
+    file_dtypes = check_dtypes(files, expected, dtype)
     if config.text_config.tie_word_embeddings and "lm_head.weight" in files.names:
-        _check_tie(files, expected)
+        check_tie(files, expected)
     compute = _of_most_bytes(files, expected) if dtype is None else dtype
     model = InternVideo3(config, replace(run, dtype=compute, param_dtype=compute))
     params = _stream(files, expected, model, mesh, keep=dtype is None)
     return LoadedModel(model, params, folder, mesh, file_dtypes)
 
 
-def _check_dtypes(files: TensorFiles, expected: Sequence[Tensor], dtype: DType | None) -> dict[str, str]:
+def check_dtypes(files: TensorFiles, expected: Sequence[Tensor], dtype: DType | None) -> dict[str, str]:
     """Refuses what no parameter can hold; returns the tensors to be widened, with their own dtypes."""
     allowed = KEPT if dtype is None else tuple(DTYPES)
     if wrong := [tensor.name for tensor in expected if files.dtype(tensor.name) not in allowed]:
@@ -162,7 +162,7 @@ def _of_most_bytes(files: TensorFiles, expected: Sequence[Tensor]) -> DType:
     return getattr(jnp, torch_name(max(count, key=lambda name: count[name])))
 
 
-def _check_tie(files: TensorFiles, expected: Sequence[Tensor]) -> None:
+def check_tie(files: TensorFiles, expected: Sequence[Tensor]) -> None:
     """A tied checkpoint may repeat its embeddings as a head; a head of its own would be lost silently."""
     name = next(tensor.name for tensor in expected if tensor.path == ("embed_tokens", "embedding"))
     head, embedding = files.read("lm_head.weight"), files.read(name)
@@ -189,7 +189,7 @@ def _stream(
     params: dict = {}
     for path, parts in by_path.items():
         dtype = DTYPES[kept[path]] if keep else jnp.dtype(model.run.param_dtype)
-        quantised = model.run.weights is not None and path[-1] == "kernel"
+        quantised = path[-1] == "kernel" and "kernel_codes" in lookup(boxed, path[:-1])
         leaves = [(*path[:-1], name) for name in ("kernel_codes", "kernel_scale")] if quantised else [path]
         places = []
         for leaf in leaves:

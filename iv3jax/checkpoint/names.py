@@ -3,16 +3,21 @@
 Our layers are stacked along a leading axis (unless they stand alone) and keep heads as an axis of their own;
 theirs are one tensor a layer, (out, in), heads flattened. Each entry says how in einops' words, so both
 directions are one text.
+
+Where each layer has a rank of its own (`kv_lora_rank_list`), a file holds each layer's exact shapes. A stack
+of ours has room for the largest rank: what a layer leaves over is zero and lies after the latent's numbers.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import einops
 import numpy as np
 
-from iv3jax.models.config import ModelConfig
+from iv3jax.errors import UserError
+from iv3jax.models.config import ModelConfig, TextConfig
 from iv3jax.models.internvideo3 import InternVideo3, boxed_params
 from iv3jax.sharding import unbox
 
@@ -29,11 +34,13 @@ class Entry:
         path: keys in our nested dict.
         name: their name; `{i}` is the layer where our parameter stacks several.
         pattern: their axes → ours, in einops' notation, the stacking axis left out.
+        latent: those of our axes that begin with the r numbers of a latent.
     """
 
     path: Path
     name: str
     pattern: str
+    latent: tuple[int, ...] = ()
 
     @property
     def stacked(self) -> bool:
@@ -52,6 +59,8 @@ class Tensor:
         entry: the table entry it belongs to.
         index: which layer of our stacked parameter, None if that is not stacked.
         sizes: length of every axis in the entry's pattern.
+        rank: r of its layer where `kv_lora_rank_list` gives one and the tensor has an axis of latents.
+        padding: how much less that is than our parameter has room for.
     """
 
     name: str
@@ -60,15 +69,47 @@ class Tensor:
     entry: Entry
     index: int | None
     sizes: tuple[tuple[str, int], ...]
+    rank: int | None = None
+    padding: int = 0
 
     def to_ours(self, value: np.ndarray) -> np.ndarray:
-        """Their axis order → ours (of one layer)."""
-        return einops.rearrange(value, self.entry.pattern, **dict(self.sizes))
+        """Their axis order → ours (of one layer), with zeros up to the largest rank."""
+        value = einops.rearrange(value, self.entry.pattern, **dict(self.sizes))
+        if not self.padding:
+            return value
+        shape = [n + self.padding * (i in self.entry.latent) for i, n in enumerate(value.shape)]
+        padded = np.zeros(shape, value.dtype)
+        padded[self._kept(shape)] = value
+        return padded
 
     def to_theirs(self, value: np.ndarray) -> np.ndarray:
-        """Our axis order (of one layer) → theirs."""
+        """Our axis order (of one layer) → theirs, without the zeros.
+
+        Raises:
+            UserError: a number that is not zero where the layer's rank leaves room.
+        """
         theirs, ours = self.entry.pattern.split(" -> ")
-        return einops.rearrange(value, f"{ours} -> {theirs}", **dict(self.sizes))
+        return einops.rearrange(self.cut(value), f"{ours} -> {theirs}", **dict(self.sizes))
+
+    def cut(self, value: np.ndarray) -> np.ndarray:
+        """Ours (of one layer) without the zeros up to the largest rank. Raises as `to_theirs` does."""
+        if not self.padding:
+            return value
+        kept = value[self._kept(value.shape)]
+        if lost := np.count_nonzero(value) - np.count_nonzero(kept):
+            raise UserError(
+                f"{self.name}: {lost} numbers beyond its layer's rank {self.rank} are not zero; they have no "
+                "place in a file, whose ranks are kv_lora_rank_list's"
+            )
+        return kept
+
+    def _kept(self, shape: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """The places of our array that are a layer's own."""
+        assert self.rank is not None
+        unused = range(self.rank, self.rank + self.padding)
+        return np.ix_(
+            *(np.delete(np.arange(n), unused if i in self.entry.latent else ()) for i, n in enumerate(shape))
+        )
 
 
 def entries(config: ModelConfig) -> list[Entry]:
@@ -82,9 +123,9 @@ def entries(config: ModelConfig) -> list[Entry]:
     if not text.tie_word_embeddings:
         table.append(Entry(("lm_head", "kernel"), "lm_head.weight", "v d -> v d"))
 
-    def layer(path: str, name: str, pattern: str) -> None:
+    def layer(path: str, name: str, pattern: str, latent: tuple[int, ...] = ()) -> None:
         keys = (*_LAYERS, *path.split("/"))
-        table.append(Entry(keys, f"{root}.layers.{{i}}.{name}", pattern))
+        table.append(Entry(keys, f"{root}.layers.{{i}}.{name}", pattern, latent))
 
     layer("input_layernorm/scale", "input_layernorm.weight", "d -> d")
     layer("post_attention_layernorm/scale", "post_attention_layernorm.weight", "d -> d")
@@ -95,25 +136,42 @@ def entries(config: ModelConfig) -> list[Entry]:
     ):
         layer(f"mlp/{module}/kernel", f"mlp.{module}.weight", pattern)
 
-    def attention(module: str, weight: str, bias: str | None) -> None:
-        layer(f"self_attn/{module}/kernel", f"self_attn.{module}.weight", weight)
-        if bias is not None:
-            layer(f"self_attn/{module}/bias", f"self_attn.{module}.bias", bias)
-
-    has_bias = text.attention_bias
-    attention("q_proj", "(h k) d -> h k d", "(h k) -> h k" if has_bias else None)
-    if text.kv_lora_rank is None:
-        for module in ("k_proj", "v_proj"):
-            attention(module, "(h k) d -> h k d", "(h k) -> h k" if has_bias else None)
-        if text.use_qk_norm:
-            layer("self_attn/q_norm/scale", "self_attn.q_norm.weight", "k -> k")
-            layer("self_attn/k_norm/scale", "self_attn.k_norm.weight", "k -> k")
-    else:
-        attention("kv_a_proj_with_mqa", "w d -> w d", "w -> w" if has_bias else None)
-        attention("kv_b_proj", "(h k) r -> h k r", None)
-    attention("o_proj", "d (h k) -> d h k", "d -> d" if text.attention_output_bias else None)
+    for path, pattern, latent in _attention_entries(text):
+        module, kind = path.split("/")
+        name = kind if kind == "bias" else "weight"
+        layer(f"self_attn/{path}", f"self_attn.{module}.{name}", pattern, latent)
     vision = config.vision_config
     return table if vision is None else table + _vision_entries(len(vision.deepstack_visual_indexes))
+
+
+def _attention_entries(text: TextConfig) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Our path inside attention, the pattern, and the axes of latents."""
+    found: list[tuple[str, str, tuple[int, ...]]] = []
+
+    def linear(module: str, weight: str, bias: str | None = None, latent: tuple[int, ...] = ()) -> None:
+        found.append((f"{module}/kernel", weight, latent))
+        if bias is not None:
+            found.append((f"{module}/bias", bias, latent))
+
+    heads = "(h k) -> h k" if text.attention_bias else None
+    linear("q_proj", "(h k) d -> h k d", heads)
+    if text.kv_lora_rank is None:
+        linear("k_proj", "(h k) d -> h k d", heads)
+        linear("v_proj", "(h k) d -> h k d", heads)
+        if text.use_qk_norm:
+            found += [(f"{norm}/scale", "k -> k", ()) for norm in ("q_norm", "k_norm")]
+    else:
+        linear("kv_a_proj_with_mqa", "w d -> w d", "w -> w" if text.attention_bias else None, (0,))
+        linear("kv_b_proj", "(h k) r -> h k r", latent=(2,))
+        if text.use_qk_norm:
+            found.append(("q_norm/scale", "k -> k", ()))
+            linear("q_expand", "(h k) d -> h k d")
+            linear("k_norm_proj", "(g k) d -> g k d")
+        if text.latent_adapters:
+            found.append(("kv_adapters/kernel", "m r s -> m r s", (1, 2)))
+            found.append(("kv_adapters/bias", "m r -> m r", (1,)))
+    linear("o_proj", "d (h k) -> d h k", "d -> d" if text.attention_output_bias else None)
+    return found
 
 
 def _vision_entries(deepstack_levels: int) -> list[Entry]:
@@ -154,6 +212,7 @@ def tensors(config: ModelConfig, scan_layers: bool = True) -> list[Tensor]:
     stands alone has a path of its own, and no tensor of it is part of a stack.
     """
     abstract = unbox(boxed_params(InternVideo3(config)))
+    ranks = config.text_config.kv_lora_rank_list
     fixed: dict[str, int] = {}
     if (vision := config.vision_config) is not None:
         side = vision.patch_size
@@ -163,17 +222,29 @@ def tensors(config: ModelConfig, scan_layers: bool = True) -> list[Tensor]:
         shape = lookup(abstract, entry.path).shape
         count = shape[0] if entry.stacked else 1
         shape = shape[1:] if entry.stacked else shape
-        theirs, ours = entry.pattern.split(" -> ")
-        sizes = {axis: fixed[axis] for axis in fixed if axis in theirs.split() and "(" in ours}
-        sizes |= {a: s for a, s in zip(_groups(ours), shape, strict=True) if " " not in a}
-        their_shape = tuple(math.prod(sizes[a] for a in group.split()) for group in _groups(theirs))
+        theirs = _groups(entry.pattern.split(" -> ")[0])
         for i in range(count):
             path, index = entry.path, i if entry.stacked else None
             if not scan_layers and path[:2] == _LAYERS:
                 path, index = (_LAYERS[0], f"{_LAYERS[1]}_{i}", *path[2:]), None
+            rank, unused = None, 0
+            if ranks is not None and entry.latent:
+                rank, unused = ranks[i], max(ranks) - ranks[i]
+            own = [size - unused * (axis in entry.latent) for axis, size in enumerate(shape)]
+            sizes = _sizes(entry, own, fixed)
+            their_shape = tuple(math.prod(sizes[a] for a in group.split()) for group in theirs)
+            # A layer that stands alone is no larger than its own rank.
+            padding = 0 if index is None else unused
             name = entry.name.format(i=i)
-            found.append(Tensor(name, their_shape, path, entry, index, tuple(sizes.items())))
+            found.append(Tensor(name, their_shape, path, entry, index, tuple(sizes.items()), rank, padding))
     return found
+
+
+def _sizes(entry: Entry, shape: Sequence[int], fixed: Mapping[str, int]) -> dict[str, int]:
+    """The length of every axis in an entry's pattern, from our shape of one layer; `fixed` is the tower's."""
+    theirs, ours = entry.pattern.split(" -> ")
+    sizes = {axis: fixed[axis] for axis in fixed if axis in theirs.split() and "(" in ours}
+    return sizes | {a: n for a, n in zip(_groups(ours), shape, strict=True) if " " not in a}
 
 
 def _groups(side: str) -> list[str]:

@@ -19,7 +19,10 @@ from iv3jax.sharding import unbox
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """A model's tensors as its checkpoint names them, their number, and its bytes and its cache's in bf16."""
+    """A model's tensors as its checkpoint names them, their number, and its bytes and its cache's in bf16.
+
+    Where ranks differ by layer, the bytes are those of layers that stand alone (`Execution.scan_layers`).
+    """
 
     tensors: dict[str, tuple[int, ...]]
     parameters: int
@@ -40,8 +43,10 @@ def model_shapes(source: PathArgument, weights: str | None = None) -> ModelShape
     folder = path if path.is_file() else model_folder(source, CONFIG_FILES)
     config = preset(str(source)) if folder is None else ModelConfig.from_file(folder)
     shapes = {tensor.name: tensor.shape for tensor in tensors(config)}
-    cache = jax.eval_shape(lambda: init_cache(config.text_config, 1, 1, jnp.bfloat16))
-    run = Execution(jnp.bfloat16, jnp.bfloat16, weights=weights)
+    # In a stack, and in its cache, every layer has room for the largest rank.
+    scan_layers = config.text_config.kv_lora_rank_list is None
+    cache = jax.eval_shape(lambda: init_cache(config.text_config, 1, 1, jnp.bfloat16, scan_layers))
+    run = Execution(jnp.bfloat16, jnp.bfloat16, weights=weights, scan_layers=scan_layers)
     arrays = jax.tree.leaves(unbox(boxed_params(InternVideo3(config, run))))
     weight_bytes = sum(x.size * x.dtype.itemsize for x in arrays)
     return ModelShapes(shapes, sum(map(math.prod, shapes.values())), weight_bytes, cache.nbytes)

@@ -61,7 +61,7 @@ def plan(loaded: LoadedModel, dtype: str | None = None) -> dict[str, Planned]:
     """
     planned = {}
     # Layer after layer, as readers want them, not parameter after parameter.
-    for tensor in sorted(tensors(loaded.config, loaded.model.run.scan_layers), key=_natural):
+    for tensor in sorted(tensors(loaded.config, loaded.model.run.scan_layers), key=natural):
         value = lookup(loaded.params, tensor.path)
         if isinstance(value, jax.Array) and not value.is_fully_addressable:
             raise UserError(
@@ -78,7 +78,7 @@ def write(planned: Mapping[str, Planned], max_shard_size: int, open_file: Open) 
     The host holds one tensor at a time beside the parameters, and one copy of it where axes move.
 
     Raises:
-        UserError: a number that does not fit the dtype asked for.
+        UserError: a number that does not fit the dtype asked for, or that lies beyond its layer's rank.
     """
     split = split_state_dict_into_shards_factory(
         dict(planned),
@@ -133,8 +133,9 @@ def compare(files: TensorFiles, loaded: LoadedModel, planned: Mapping[str, Plann
         name, dtype = tensor.name, planned[tensor.name].dtype
         if (files.dtype(name), files.shape(name)) != (dtype, tensor.shape):
             raise UserError(f"{files.folder}: {name} was written as {files.dtype(name)} {files.shape(name)}")
-        found = tensor.to_ours(files.read(name))
-        meant = cast(on_host(lookup(loaded.params, tensor.path), tensor.index), DTYPES[dtype])
+        found = tensor.cut(tensor.to_ours(files.read(name)))
+        meant = tensor.cut(on_host(lookup(loaded.params, tensor.path), tensor.index))
+        meant = cast(meant, DTYPES[dtype])
         if not np.array_equal(bits_of(found), bits_of(meant)):
             raise UserError(f"{files.folder}: {name} reads back with other numbers than were written")
 
@@ -198,6 +199,6 @@ class _Blocks:
                 raise UserError(f"{self.tensor.name}: {error}") from None
 
 
-def _natural(tensor: Tensor) -> list[tuple[int, str]]:
+def natural(tensor: Tensor) -> list[tuple[int, str]]:
     """Sorts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in tensor.name.split(".")]

@@ -16,6 +16,7 @@ _AXES: dict[str, tuple[str | None, ...]] = {
     "latent": ("layers", "batch", "slots", None),
     "scale": ("layers", "batch", None, "slots"),
     "k_rope": ("layers", "batch", "slots", None),
+    "logit_scale": ("layers", "batch", "act_heads", "slots"),
     "key": ("layers", "batch", "act_heads", None, None),
     "value": ("layers", "batch", "act_heads", None, None),
 }
@@ -27,9 +28,10 @@ class Cache(NamedTuple):
 
     Attributes:
         entries: name → array. M²LA: `latent` (L, B, S, r+e); quantised, `latent` (L, B, S, r) with `scale`
-            and `k_rope` as kernels_pallas.latents has them. GQA: `key`, `value` (L, B, G, S, head_dim), so
-            that a head's keys lie together. Where layers are not scanned, name → a tuple of L arrays, each a
-            stack of one.
+            and `k_rope` as kernels_pallas.latents has them; with q/k norm also `logit_scale` (L, B, G, S)
+            fp32. GQA: `key`, `value` (L, B, G, S, head_dim), so that a head's keys lie together. Where layers
+            are not scanned, name → a tuple of L arrays, each a stack of one, with the layer's own rank in
+            place of the largest.
         length: (B,) int32, tokens written to each row.
         overflow: (B,) bool, True once a token found no room. It was not written; the row's output
             from then on is meaningless.
@@ -42,7 +44,7 @@ class Cache(NamedTuple):
     @property
     def capacity(self) -> int:
         """S, the slots of a row."""
-        # Of a quantised cache that is k_rope's; only the scales have their slots last.
+        # The first by name, k_rope, latent or key; only the scales after them have their slots last.
         return jax.tree.leaves(self.entries)[0].shape[-2]
 
     @property
@@ -86,31 +88,43 @@ def init_cache(
         raise UserError(f"cache dtype {name} is not one of {', '.join(CACHE_DTYPES)}")
     tile = 1 if chip().platform == "cpu" else _TILE
     capacity = whole_parts("slots", -(-capacity // tile)) * tile
-    layers, (groups, dim) = config.num_hidden_layers, (config.num_key_value_heads, config.head_dim)
+    layers = config.num_hidden_layers
+    if scan_layers:
+        entries: dict[str, Any] = {
+            key: constrain(jnp.zeros((layers, *shape), kind), *_AXES[key])
+            for key, (shape, kind) in _shapes(config, rows, capacity, dtype).items()
+        }
+    else:
+        alone = [_shapes(config.of_layer(i), rows, capacity, dtype) for i in range(layers)]
+        entries = {
+            key: tuple(constrain(jnp.zeros((1, *own[key][0]), own[key][1]), *_AXES[key]) for own in alone)
+            for key in alone[0]
+        }
+    return Cache(entries, jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), bool))
+
+
+def _shapes(
+    config: TextConfig, rows: int, capacity: int, dtype: DType
+) -> dict[str, tuple[tuple[int, ...], DType]]:
+    """Shape and dtype of a layer's entries."""
+    name = jnp.dtype(dtype).name
+    groups, rank = config.num_key_value_heads, config.kv_lora_rank
     shapes: dict[str, tuple[tuple[int, ...], DType]]
-    if config.kv_lora_rank is None:
+    if rank is None:
         if name in LARGEST:
             raise UserError(f"a cache of {name} is for latents, and this model has keys and values (GQA)")
-        shapes = {name: ((rows, groups, capacity, dim), dtype) for name in ("key", "value")}
-    elif name in LARGEST:
-        rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+        return {key: ((rows, groups, capacity, config.head_dim), dtype) for key in ("key", "value")}
+    if name in LARGEST:
         shapes = {
             "latent": ((rows, capacity, rank), dtype),
             "scale": ((rows, scale_rows(rank), capacity), jnp.float32),
-            "k_rope": ((rows, capacity, rope), jnp.bfloat16),
+            "k_rope": ((rows, capacity, config.qk_rope_head_dim), jnp.bfloat16),
         }
     else:
         shapes = {"latent": ((rows, capacity, config.cache_width), dtype)}
-
-    def zeros(name: str) -> Any:
-        shape, dtype = shapes[name]
-        if scan_layers:
-            return constrain(jnp.zeros((layers, *shape), dtype), *_AXES[name])
-        return tuple(constrain(jnp.zeros((1, *shape), dtype), *_AXES[name]) for _ in range(layers))
-
-    return Cache(
-        {name: zeros(name) for name in shapes}, jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), bool)
-    )
+    if config.use_qk_norm:
+        shapes["logit_scale"] = ((rows, groups, capacity), jnp.float32)
+    return shapes
 
 
 def write(entry: Array, layer: Array, slots: Array, values: Array) -> Array:

@@ -17,6 +17,7 @@ from iv3jax.paths import PathArgument, make_path
 
 MODEL_TYPES = {
     "internvideo3": "vision and M²LA",
+    "internvideo3_text": "text only, M²LA",
     "qwen3_vl": "vision and GQA with q/k norm",
     "qwen3": "text only, GQA with q/k norm",
     "qwen2": "text only, GQA with q/k/v biases",
@@ -35,6 +36,14 @@ class TextConfig:
 
     `use_qk_norm`, `attention_bias` and `attention_output_bias` follow from the model type where the
     file does not say. `mrope_section` None means plain RoPE over one position.
+
+    What M²LA may have besides SPEC §2 (a converted model, SPEC §3):
+        use_qk_norm: the query passes its norm and then a fixed expansion, q/k norm of `head_dim` numbers; of
+            the key's norm one factor a token and group is cached, which multiplies the group's logits.
+        kv_lora_rank_list: the rank of each layer; `kv_lora_rank` is the largest of them.
+        latent_adapters: a latent is mapped when it is written, by one affine map for text and one for vision.
+        rope_components: K, how many pairs turn by each of the e/2K frequencies; pair j by frequency
+            j mod e/2K.
     """
 
     vocab_size: int
@@ -56,19 +65,32 @@ class TextConfig:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    kv_lora_rank_list: tuple[int, ...] | None = None
+    latent_adapters: bool = False
+    rope_components: int = 1
     extra: Mapping[str, Any] = _extra()
 
     @property
     def rope_dim(self) -> int:
-        """How many dims of a head RoPE turns: e for M²LA, the whole head for GQA."""
-        return self.head_dim if self.kv_lora_rank is None else self.qk_rope_head_dim
+        """Twice the number of RoPE's frequencies: e/K for M²LA, the whole head for GQA."""
+        return self.head_dim if self.kv_lora_rank is None else self.qk_rope_head_dim // self.rope_components
 
     @property
     def cache_width(self) -> int:
-        """Numbers cached per token and layer: r+e for M²LA, 2·G·head_dim for GQA."""
+        """Numbers cached per token and layer, the widest if ranks differ: r+e for M²LA, 2·G·head_dim for GQA.
+
+        With `use_qk_norm` M²LA caches G fp32 numbers more.
+        """
         if self.kv_lora_rank is None:
             return 2 * self.num_key_value_heads * self.head_dim
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def of_layer(self, layer: int) -> "TextConfig":
+        """The config that a layer has by itself: its own rank, and no list of ranks."""
+        if self.kv_lora_rank_list is None:
+            return self
+        rank = self.kv_lora_rank_list[layer]
+        return dataclasses.replace(self, kv_lora_rank=rank, kv_lora_rank_list=None)
 
 
 @dataclass(frozen=True)
@@ -178,7 +200,8 @@ class ModelConfig:
             return copy.deepcopy(dict(self.source))
         text = _write_text(self)
         if self.vision_config is None:
-            return {"model_type": self.model_type, **text}
+            # A config made from that of another type has that type among its unknown fields.
+            return {"model_type": self.model_type} | {k: v for k, v in text.items() if k != "model_type"}
         vision = _write(self.vision_config)
         return {
             "model_type": self.model_type,
@@ -192,8 +215,9 @@ class ModelConfig:
 
 _TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _FIELDS = {item.name: item for item in dataclasses.fields(ModelConfig)}
+_M2LA_TYPES = ("internvideo3", "internvideo3_text")
 _M2LA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-# Derived from the model type, so never a key of the file.
+# Derived from the model type, so never a key of the file; use_qk_norm is one where the type is M²LA's.
 _DERIVED = ("use_qk_norm", "attention_output_bias", "mrope_section", "extra")
 
 
@@ -257,19 +281,25 @@ def _read_text(data: Mapping[str, Any], model_type: str, source: str) -> TextCon
     values.setdefault("num_key_value_heads", heads)
     if values.get("head_dim") is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
         values["head_dim"] = width // heads
-    if model_type == "internvideo3":
+    latent = model_type in _M2LA_TYPES
+    if latent:
         for key in _M2LA_FIELDS:
             if not data.get(key):
-                raise UserError(f"{source}.{key} is missing; model_type internvideo3 means M²LA")
+                raise UserError(f"{source}.{key} is missing; model_type {model_type} means M²LA")
+        values["use_qk_norm"] = data.get("use_qk_norm")
     else:
-        for key in _M2LA_FIELDS:
+        _refuse(data, _M2LA_ONLY, source)
+        for key in (*_M2LA_FIELDS, *_M2LA_ONLY):
             values.pop(key, None)
     if model_type == "qwen2":
         values["attention_bias"] = True
     config: TextConfig = _read(TextConfig, values, source)
-    section = None
+    if latent:
+        _check_latent(config, source)
+    section = rope.get("mrope_section") if model_type == "internvideo3_text" else None
     if model_type in ("internvideo3", "qwen3_vl"):
         section = rope.get("mrope_section", (24, 20, 20))
+    if section is not None:
         integers = isinstance(section, list | tuple) and all(isinstance(v, int) for v in section)
         if not integers or len(section) != 3 or sum(section) != config.rope_dim // 2:
             raise UserError(
@@ -280,10 +310,41 @@ def _read_text(data: Mapping[str, Any], model_type: str, source: str) -> TextCon
     return dataclasses.replace(
         config,
         mrope_section=section,
-        use_qk_norm=model_type in ("qwen3", "qwen3_vl"),
+        use_qk_norm=config.use_qk_norm if latent else model_type in ("qwen3", "qwen3_vl"),
         attention_output_bias=config.attention_bias and model_type in ("llama", "qwen3", "qwen3_vl"),
         extra={k: v for k, v in data.items() if k in config.extra},
     )
+
+
+def _check_latent(config: TextConfig, source: str) -> None:
+    """What must hold between the numbers of an M²LA decoder."""
+    e, components = config.qk_rope_head_dim, config.rope_components
+    if e % (2 * components):
+        raise UserError(
+            f"{source}.qk_rope_head_dim {e} is no multiple of 2·rope_components = {2 * components}, "
+            "the dims that turn by one frequency"
+        )
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if config.use_qk_norm and heads % groups:
+        raise UserError(
+            f"{source}.num_attention_heads {heads} is no multiple of num_key_value_heads {groups}, "
+            "which use_qk_norm needs"
+        )
+    ranks = config.kv_lora_rank_list
+    if ranks is None:
+        return
+    if len(ranks) != config.num_hidden_layers:
+        raise UserError(
+            f"{source}.kv_lora_rank_list has {len(ranks)} ranks for "
+            f"num_hidden_layers = {config.num_hidden_layers}; it needs one for each layer"
+        )
+    if min(ranks) < 1:
+        raise UserError(f"{source}.kv_lora_rank_list holds {min(ranks)}; a rank is 1 or more")
+    if max(ranks) != config.kv_lora_rank:
+        raise UserError(
+            f"{source}.kv_lora_rank {config.kv_lora_rank} is not the largest rank of kv_lora_rank_list, "
+            f"which is {max(ranks)}"
+        )
 
 
 def _rope(data: Mapping[str, Any], source: str) -> Mapping[str, Any]:
@@ -300,11 +361,16 @@ def _rope(data: Mapping[str, Any], source: str) -> Mapping[str, Any]:
 _TEXT_SUPPORT: dict[str, tuple] = {
     "hidden_act": (None, "silu"),
     "q_lora_rank": (None,),
-    "kv_lora_rank_list": (None,),
     "qk_latent_layernorm": (None, False),
     "rope_interleave": (None, True),
     "mlp_bias": (None, False),
     "use_sliding_window": (None, False),
+}
+# What only M²LA has.
+_M2LA_ONLY: dict[str, tuple] = {
+    "kv_lora_rank_list": (None,),
+    "latent_adapters": (None, False),
+    "rope_components": (None, 1),
 }
 _VISION_SUPPORT: dict[str, tuple] = {"hidden_act": (None, "gelu_pytorch_tanh")}
 
@@ -328,12 +394,11 @@ def _write_text(config: ModelConfig) -> dict[str, Any]:
     text = config.text_config
     values = {k: v for k, v in _write(text).items() if k not in _DERIVED}
     if text.kv_lora_rank is None:
-        for key in _M2LA_FIELDS:
+        for key in (*_M2LA_FIELDS, *_M2LA_ONLY):
             values.pop(key)
     else:
-        values.update(
-            q_lora_rank=None, qk_latent_layernorm=False, rope_interleave=True, kv_lora_rank_list=None
-        )
+        values.update(q_lora_rank=None, qk_latent_layernorm=False, rope_interleave=True)
+        values["use_qk_norm"] = text.use_qk_norm
     if config.model_type == "qwen2":
         values.pop("attention_bias")
     rope: dict[str, Any] = {"rope_type": "default"}

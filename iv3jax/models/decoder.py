@@ -85,10 +85,15 @@ class Decoder(nn.Module):
     ) -> tuple[Array, Cache | None]:
         """(B, T, D) embeddings → (B, T, D) after the final norm, and the cache with these tokens in it."""
         c, run = self.config, self.run
-        rope = decoder_rope(place.positions, c.rope_dim, c.rope_theta, c.mrope_section)
+        turned = (c.rope_dim, c.rope_theta, c.mrope_section, c.rope_components)
+        rope = decoder_rope(place.positions, *turned)
         slots = None if cache is None else cache.slots(place.segment_ids)
         length = None if cache is None else cache.length
-        tokens = Tokens(rope, place.segment_ids, place.order, slots, length)
+        modality = None
+        if c.latent_adapters:
+            text = jnp.zeros_like(place.segment_ids)
+            modality = text if visual_index is None else (visual_index >= 0).astype(jnp.int32)
+        tokens = Tokens(rope, place.segment_ids, place.order, slots, length, modality)
         deepstack = None
         if visual is not None and visual.deepstack.shape[0]:
             deepstack = visual.deepstack.astype(run.dtype)
@@ -125,7 +130,7 @@ class Decoder(nn.Module):
         for i in range(self.config.num_hidden_layers):
             level = deepstack[i : i + 1] if deepstack is not None and i < levels else None
             own = None if entries is None else {name: parts[i] for name, parts in entries.items()}
-            layer = layer_type(self.config, self.run, name=f"layers_{i}")
+            layer = layer_type(self.config.of_layer(i), self.run, name=f"layers_{i}")
             (hidden, own), _ = layer((hidden, own), jnp.zeros((), jnp.int32), tokens, level, visual_index)
             written.append(own)
         if entries is None:

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from iv3jax.models.attention import zero_padding
 from iv3jax.models.batch import Batch, fake_batch
 from iv3jax.models.cache import Cache
 from iv3jax.models.config import ModelConfig
@@ -97,6 +98,10 @@ def init_params(model: InternVideo3, rng: Array, shardings: Any = None) -> Param
     batch = fake_batch(model.config, rows=1, length=8, chunks=1)
 
     def make(key: Array) -> Params:
-        return nn.unbox(model.init(key, batch, method="everything")["params"])
+        params = nn.unbox(model.init(key, batch, method="everything")["params"])
+        layers = params["language_model"].get("layers")
+        if layers is not None:
+            layers["self_attn"] = zero_padding(model.config.text_config, layers["self_attn"])
+        return params
 
     return jax.jit(make, out_shardings=shardings)(rng)

@@ -38,6 +38,22 @@ _TINY_TOWER = VisionConfig(
     deepstack_visual_indexes=(0,),
 )
 
+_TINY_DECODER: dict[str, Any] = dict(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    head_dim=32,
+    max_position_embeddings=8192,
+    rope_theta=1e4,
+    mrope_section=(8, 4, 4),
+)
+
+_TINY_TOKENS: dict[str, Any] = dict(
+    image_token_id=508, video_token_id=509, vision_start_token_id=510, vision_end_token_id=511
+)
+
 PRESETS: dict[str, ModelConfig] = {
     "internvideo3_8b": ModelConfig(
         "internvideo3",
@@ -55,16 +71,8 @@ PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         "internvideo3",
         TextConfig(
-            vocab_size=512,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
+            **_TINY_DECODER,
             num_key_value_heads=4,
-            head_dim=32,
-            max_position_embeddings=8192,
-            rope_theta=1e4,
-            mrope_section=(8, 4, 4),
             attention_bias=True,
             kv_lora_rank=96,
             qk_nope_head_dim=32,
@@ -72,10 +80,13 @@ PRESETS: dict[str, ModelConfig] = {
             v_head_dim=32,
         ),
         _TINY_TOWER,
-        image_token_id=508,
-        video_token_id=509,
-        vision_start_token_id=510,
-        vision_end_token_id=511,
+        **_TINY_TOKENS,
+    ),
+    "tiny_gqa": ModelConfig(
+        "qwen3_vl",
+        TextConfig(**_TINY_DECODER, num_key_value_heads=2, use_qk_norm=True),
+        _TINY_TOWER,
+        **_TINY_TOKENS,
     ),
 }
 

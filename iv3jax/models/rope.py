@@ -34,10 +34,13 @@ def frequencies(dims: int, theta: float) -> np.ndarray:
     return (1.0 / theta ** (np.arange(0, dims, 2, dtype=np.float32) / dims)).astype(np.float32)
 
 
-def decoder_rope(positions: Array, dims: int, theta: float, section: tuple[int, int, int] | None) -> Rope:
-    """Angles of every token from its (3, B, T) positions."""
+def decoder_rope(
+    positions: Array, dims: int, theta: float, section: tuple[int, int, int] | None, components: int = 1
+) -> Rope:
+    """Angles of every token from its (3, B, T) positions: dims/2 of them, repeated for each component."""
     per_frequency = positions.astype(jnp.float32)[mrope_axes(dims, section)]
     angles = jnp.moveaxis(per_frequency, 0, -1) * frequencies(dims, theta)
+    angles = jnp.tile(angles, components)
     return Rope(jnp.cos(angles), jnp.sin(angles))
 
 

@@ -1,11 +1,18 @@
 """The latent compressor in XLA: a product, and a write that is in place on a CPU too."""
 
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.latent_compress.reference import Affine, rotate_key
 from kernels_pallas.latents import Latents, quantize
 from kernels_pallas.product import product
+
+Written = TypeVar("Written")
+
+_TILE = 128
 
 
 def latent_compress(
@@ -44,9 +51,8 @@ def write(
     scatter, or a choice between the cache before and after, XLA would copy the whole cache on a CPU; for
     bfloat16 and float8 arrays it does there in any case, since it updates them as fp32.
     """
-    rows, tokens, width = latent.shape
+    tokens, width = latent.shape[1:]
     capacity = latents.capacity
-    size = min(tokens, capacity)
     if latents.scale is None:
         new = Latents(latent.astype(latents.values.dtype))
     else:
@@ -56,24 +62,63 @@ def write(
         new = Latents(codes, jnp.swapaxes(scale, 1, 2), k_rope)
 
     def one(row: jax.Array, latents: Latents) -> Latents:
-        start = jnp.clip(offsets[row], 0, capacity - size)
-        token = start - offsets[row] + jnp.arange(size, dtype=jnp.int32)
-        real = (token >= 0) & (token < counts[row])
-        source = jnp.clip(token, 0, tokens - 1)
-
-        def put(array: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-            value = jnp.take(new[row], source, axis=axis)[None, None]
-            corner = (layer, row, start, 0) if axis == 0 else (layer, row, 0, start)
-            old = jax.lax.dynamic_slice(array, corner, value.shape)
-            value = jnp.where(jnp.expand_dims(real, 1 - axis), value, old)
-            return jax.lax.dynamic_update_slice(array, value, corner)
-
-        values = put(latents.values, new.values, 0)
+        stretch = _stretch(offsets[row], counts[row], min(tokens, capacity), tokens, capacity)
+        values = _put(latents.values, layer, row, stretch, new.values[row], 0)
         if latents.scale is None or latents.k_rope is None or new.scale is None or new.k_rope is None:
             return Latents(values)
-        return Latents(values, put(latents.scale, new.scale, 1), put(latents.k_rope, new.k_rope, 0))
+        scale = _put(latents.scale, layer, row, stretch, new.scale[row], 1)
+        return Latents(values, scale, _put(latents.k_rope, layer, row, stretch, new.k_rope[row], 0))
 
+    return _over_rows(counts, one, latents)
+
+
+def write_factors(
+    entry: jax.Array, layer: jax.Array, offsets: jax.Array, counts: jax.Array, factors: jax.Array
+) -> jax.Array:
+    """Puts the tokens' factors (B, T, G) into a layer of (L, B, G, S) fp32, in the slots of their latents.
+
+    offsets and counts as of `write`, and row by row like there, but a tile of slots at least: to write one
+    alone a TPU's compiler would lay the whole entry out anew, its slots not last.
+    """
+    tokens, capacity = factors.shape[1], entry.shape[-1]
+    size = min(max(tokens, _TILE), capacity)
+    new = jnp.swapaxes(factors, 1, 2).astype(entry.dtype)
+
+    def one(row: jax.Array, entry: jax.Array) -> jax.Array:
+        stretch = _stretch(offsets[row], counts[row], size, tokens, capacity)
+        return _put(entry, layer, row, stretch, new[row], 1)
+
+    return _over_rows(counts, one, entry)
+
+
+class _Stretch(NamedTuple):
+    """Neighbouring slots of a row: the first, whether each is written, and by which token."""
+
+    start: jax.Array
+    real: jax.Array
+    source: jax.Array
+
+
+def _stretch(offset: jax.Array, count: jax.Array, size: int, tokens: int, capacity: int) -> _Stretch:
+    """As many slots as `size`, all that the row's tokens go to among them."""
+    start = jnp.clip(offset, 0, capacity - size)
+    token = start - offset + jnp.arange(size, dtype=jnp.int32)
+    return _Stretch(start, (token >= 0) & (token < count), jnp.clip(token, 0, tokens - 1))
+
+
+def _put(
+    array: jax.Array, layer: jax.Array, row: jax.Array, stretch: _Stretch, new: jax.Array, axis: int
+) -> jax.Array:
+    """The stretch of a row of (L, B, …), its slots on axis 0 or 1 of what is left, with `new` where real."""
+    value = jnp.take(new, stretch.source, axis=axis)[None, None]
+    corner = (layer, row, stretch.start, 0) if axis == 0 else (layer, row, 0, stretch.start)
+    old = jax.lax.dynamic_slice(array, corner, value.shape)
+    value = jnp.where(jnp.expand_dims(stretch.real, 1 - axis), value, old)
+    return jax.lax.dynamic_update_slice(array, value, corner)
+
+
+def _over_rows(counts: jax.Array, one: Callable[[jax.Array, Written], Written], cache: Written) -> Written:
     # The bound is no constant, so that the loop stays a loop: unrolled, the updates would be fused, and so
     # copied, into each thing that reads them.
-    written = jnp.where(jnp.any(counts > 0), rows, 0)
-    return jax.lax.fori_loop(0, written, one, latents)
+    written = jnp.where(jnp.any(counts > 0), len(counts), 0)
+    return jax.lax.fori_loop(0, written, one, cache)

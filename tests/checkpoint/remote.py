@@ -34,10 +34,11 @@ def modules(tmp_path_factory) -> Iterator[None]:
 
 def add_code(folder: Path) -> Path:
     """Puts the remote code into a folder, and what names it into its config.json."""
-    for name in remote_code.FILES:
-        shutil.copy(remote_code.FOLDER / name, folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config |= {"auto_map": remote_code.AUTO_MAP, "architectures": [remote_code.ARCHITECTURE]}
+    kind = config["model_type"]
+    for name in remote_code.FILES[kind]:
+        shutil.copy(remote_code.FOLDER / name, folder)
+    config |= {"auto_map": remote_code.AUTO_MAP[kind], "architectures": [remote_code.ARCHITECTURES[kind]]}
     path.write_text(json.dumps(config))
     return folder

@@ -335,7 +335,7 @@ def test_files_of_the_source_are_kept(tmp_path):
 def _remote_code() -> set[str]:
     from iv3jax.checkpoint import remote_code
 
-    return set(remote_code.FILES)
+    return set().union(*remote_code.FILES.values())
 
 
 def test_processor_settings_as_transformers_5_nests_them(tmp_path):

@@ -22,10 +22,10 @@ from iv3jax.train.loop import supervised_loss
 pytestmark = [pytest.mark.slow, needs_compilers]
 
 
-def text_model(layers: int, run: Execution):
-    """The 8B's decoder alone, with so many layers, and its parameters' shapes."""
+def text_model(layers: int, run: Execution, **converted):
+    """The 8B's decoder alone, with so many layers and what conversion may add, and its parameters' shapes."""
     config = preset("internvideo3_8b")
-    text = dataclasses.replace(config.text_config, num_hidden_layers=layers)
+    text = dataclasses.replace(config.text_config, num_hidden_layers=layers, **converted)
     model = InternVideo3(dataclasses.replace(config, text_config=text, vision_config=None), run)
     return model, unbox(boxed_params(model))
 
@@ -58,6 +58,24 @@ def test_a_step_over_the_cache_copies_none_of_it(chip, cache_dtype, length):
     # Below half of what one layer of the cache takes, and the activations of a chunk.
     layer = cache.nbytes // layers
     assert program.memory_analysis().temp_size_in_bytes < layer // 2 + length * (1 << 20)
+
+
+@pytest.mark.parametrize("chip", ["v5p", "h100"])
+@pytest.mark.parametrize("length", [1, 1024])
+def test_cached_norms_and_adapters_copy_nothing_either(chip, length):
+    """The same with a factor a token and key head in the cache, written beside the latents."""
+    scanned = chip == "v5p"
+    layers = 36 if scanned else 4
+    run = Execution(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, scan_layers=scanned)
+    model, params = text_model(layers, run, use_qk_norm=True, latent_adapters=True)
+    cache = jax.eval_shape(lambda: init_cache(model.config.text_config, 1, 128 << 10, jnp.bfloat16, scanned))
+
+    def step(params, batch, cache):
+        return model.apply({"params": params}, batch, None, cache)
+
+    program = compile_for(chip, step, params, tokens(1, length, False), cache, donate=(2,))
+    # A layer's factors are 2²⁰ numbers, all layers' of a TPU 36 times that.
+    assert moved_arrays(program, 1 << 22 if length == 1 else 1 << 25) == []
 
 
 @pytest.mark.parametrize("chip", ["v5p", "h100"])

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -20,7 +22,8 @@ from iv3jax.checkpoint.files import INDEX, SINGLE
 from iv3jax.checkpoint.names import insert, lookup, tensors
 from iv3jax.data.positions import mrope_positions
 from iv3jax.data.sample import Sample
-from iv3jax.models.batch import IGNORE_LABEL
+from iv3jax.models.batch import IGNORE_LABEL, Batch
+from iv3jax.models.cache import init_cache
 from iv3jax.models.config import ModelConfig, TextConfig, VisionConfig
 from iv3jax.models.internvideo3 import InternVideo3
 from iv3jax.models.layers import Execution
@@ -73,6 +76,16 @@ def even_config(attention: str = "m2la", **text: Any) -> ModelConfig:
     assert config.vision_config is not None
     tower = replace(config.vision_config, num_heads=4, intermediate_size=24, out_hidden_size=24)
     return replace(config, vision_config=tower)
+
+
+CONVERTED: dict[str, dict[str, Any]] = {
+    "norms": dict(use_qk_norm=True, num_attention_heads=4, num_key_value_heads=2, head_dim=10),
+    "adapters": dict(latent_adapters=True),
+    "components": dict(rope_components=2, qk_rope_head_dim=16),
+    "ranks": dict(kv_lora_rank_list=(5, 13, 9)),
+}
+"""What a converted model has besides plain M²LA, one thing at a time, and all of it."""
+CONVERTED["all"] = {key: value for own in list(CONVERTED.values()) for key, value in own.items()}
 
 
 table = cache(tensors)
@@ -247,6 +260,30 @@ def forward(model: InternVideo3, params: Any, batch: Any) -> dict[str, Any]:
 def encode(model: InternVideo3, params: Any, batch: Any) -> Any:
     """The tower's VisualFeatures."""
     return model.apply({"params": params}, batch, method="encode")
+
+
+def columns(batch: Batch, start: int, stop: int) -> Batch:
+    """Some of the tokens of a batch, without its pixels."""
+    return Batch(
+        batch.input_ids[:, start:stop],
+        batch.positions[:, :, start:stop],
+        batch.segment_ids[:, start:stop],
+        visual_index=batch.visual_index[:, start:stop],
+    )
+
+
+def in_chunks(model, params, batch: Batch, bounds: list[int], capacity: int):
+    """Hidden states and the cache of a batch fed piece by piece through a cache."""
+    visual = encode(model, params, batch)
+    rows = len(batch.input_ids)
+    cache_ = init_cache(model.config.text_config, rows, capacity, jnp.float32, model.run.scan_layers)
+    step = jax.jit(lambda part, cache_: model.apply({"params": params}, part, visual, cache_))
+    hidden = []
+    for start, stop in pairwise(bounds):
+        out = step(columns(batch, start, stop), cache_)
+        cache_ = out.cache
+        hidden.append(out.hidden)
+    return jnp.concatenate(hidden, axis=1), cache_
 
 
 def difference(got: Any, expected: Any) -> float:

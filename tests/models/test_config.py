@@ -116,7 +116,7 @@ def changed(data: dict, path: str, value) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("model_type", "gpt2", "model_type 'gpt2' is not one of internvideo3, qwen3_vl, qwen3, qwen2, llama"),
+        ("model_type", "gpt2", "model_type 'gpt2' is not one of internvideo3, internvideo3_text, qwen3_vl,"),
         ("model_type", ..., "model_type None is not one of"),
         ("text_config", ..., "text_config is missing or not an object"),
         ("text_config", [1], "text_config is missing or not an object"),
@@ -138,6 +138,30 @@ def changed(data: dict, path: str, value) -> dict:
         ("text_config.q_lora_rank", 64, "text_config.q_lora_rank = 64 is not supported"),
         ("text_config.qk_latent_layernorm", True, "text_config.qk_latent_layernorm = True is not supported"),
         ("text_config.hidden_act", "gelu", "text_config.hidden_act = 'gelu' is not supported"),
+        (
+            "text_config.kv_lora_rank_list",
+            [24],
+            "kv_lora_rank_list has 1 ranks for num_hidden_layers = 4; it needs one for each layer",
+        ),
+        (
+            "text_config.kv_lora_rank_list",
+            [23, 8, 9, 10],
+            "kv_lora_rank 24 is not the largest rank of kv_lora_rank_list, which is 23",
+        ),
+        ("text_config.kv_lora_rank_list", [24, 0, 9, 3], "kv_lora_rank_list holds 0; a rank is 1 or more"),
+        (
+            "text_config.kv_lora_rank_list",
+            [24, 9.5, 9, 3],
+            "kv_lora_rank_list is .24, 9.5, 9, 3.*a list of integers",
+        ),
+        ("text_config.latent_adapters", "on", "latent_adapters is 'on'.*true or false"),
+        ("text_config.rope_components", 0, "rope_components is 0"),
+        (
+            "text_config.rope_components",
+            3,
+            "qk_rope_head_dim 16 is no multiple of 2·rope_components = 6, the dims that turn by one",
+        ),
+        ("text_config.rope_components", 2, "must be three numbers that sum to half the rotary dim, 4"),
         ("text_config.rope_scaling.rope_type", "yarn", "rope type 'yarn' is not supported"),
         ("text_config.rope_scaling.mrope_interleaved", False, "mrope_interleaved must be true"),
         (
@@ -167,6 +191,51 @@ def test_refused(golden, path, value, message):
     with pytest.raises(UserError, match=message) as caught:
         ModelConfig.from_dict(data, "dir/config.json")
     assert str(caught.value).startswith("dir/config.json") and "\n" not in str(caught.value)
+
+
+CONVERTED = {
+    "use_qk_norm": True,
+    "kv_lora_rank_list": [24, 7, 12, 3],
+    "latent_adapters": True,
+    "rope_components": 2,
+}
+
+
+def test_converted_models_round_trip(golden):
+    """What conversion adds is read, written, and made in code, with vision and without."""
+    data = golden_config(golden, "m2la")
+    assert ModelConfig.from_dict(data).text_config.use_qk_norm is False
+    data["text_config"] |= CONVERTED
+    data["text_config"]["rope_scaling"]["mrope_section"] = [2, 1, 1]
+    config = ModelConfig.from_dict(data)
+    text = config.text_config
+    assert (text.use_qk_norm, text.kv_lora_rank_list, text.latent_adapters) == (True, (24, 7, 12, 3), True)
+    assert (text.rope_components, text.rope_dim, text.qk_rope_head_dim) == (2, 8, 16)
+    assert config.to_dict() == data
+    made = dataclasses.replace(config, source={})
+    assert ModelConfig.from_dict(json.loads(json.dumps(made.to_dict()))) == config
+    assert [text.of_layer(i).kv_lora_rank for i in range(4)] == [24, 7, 12, 3]
+    assert text.of_layer(1).kv_lora_rank_list is None
+
+    alone = ModelConfig("internvideo3_text", dataclasses.replace(text, mrope_section=None))
+    written = alone.to_dict()
+    assert (written["model_type"], written["kv_lora_rank_list"]) == ("internvideo3_text", [24, 7, 12, 3])
+    again = ModelConfig.from_dict(json.loads(json.dumps(written | {"rope_scaling": None})))
+    assert again == alone and again.vision_config is None
+    stated = ModelConfig("internvideo3_text", text)
+    assert ModelConfig.from_dict(stated.to_dict()) == stated
+
+
+def test_only_latents_have_what_conversion_adds():
+    for key, value in (("kv_lora_rank_list", [3, 4]), ("latent_adapters", True), ("rope_components", 2)):
+        with pytest.raises(UserError, match=rf"config\.json\.{key} = .* is not supported"):
+            ModelConfig.from_dict(TEXT | {key: value})
+    latent = dict(kv_lora_rank=4, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=2, use_qk_norm=True)
+    data = TEXT | latent | {"model_type": "internvideo3_text", "num_attention_heads": 3}
+    with pytest.raises(UserError, match="num_attention_heads 3 is no multiple of num_key_value_heads 2"):
+        ModelConfig.from_dict(data)
+    with pytest.raises(UserError, match="kv_lora_rank is missing; model_type internvideo3_text means M²LA"):
+        ModelConfig.from_dict(TEXT | {"model_type": "internvideo3_text"})
 
 
 @pytest.mark.parametrize("value", ["24", None, 2.0])

@@ -5,7 +5,6 @@ compared with transformers and with float64 (test_transformers.py, test_m2la.py)
 """
 
 from functools import cache, partial
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from models.peers import (
     difference,
     encode,
     forward,
+    in_chunks,
     random_model,
     tiny_config,
     to_theirs,
@@ -28,8 +28,6 @@ from models.peers import (
 from iv3jax import ops
 from iv3jax.checkpoint.names import insert, tensors
 from iv3jax.data.collate import collate
-from iv3jax.models.batch import Batch
-from iv3jax.models.cache import init_cache
 from iv3jax.models.internvideo3 import InternVideo3
 from iv3jax.models.layers import Execution
 from kernels_pallas import cached_attention, query_blocks
@@ -48,30 +46,6 @@ def shared_model(attention: str):
 def tiny(request):
     """A model and its parameters."""
     return shared_model(request.param)
-
-
-def columns(batch: Batch, start: int, stop: int) -> Batch:
-    """Some of the tokens of a batch, without its pixels."""
-    return Batch(
-        batch.input_ids[:, start:stop],
-        batch.positions[:, :, start:stop],
-        batch.segment_ids[:, start:stop],
-        visual_index=batch.visual_index[:, start:stop],
-    )
-
-
-def in_chunks(model, params, batch: Batch, bounds: list[int], capacity: int):
-    """Hidden states and the cache of a batch fed piece by piece through a cache."""
-    visual = encode(model, params, batch)
-    rows = len(batch.input_ids)
-    cache_ = init_cache(model.config.text_config, rows, capacity, jnp.float32, model.run.scan_layers)
-    step = jax.jit(lambda part, cache_: model.apply({"params": params}, part, visual, cache_))
-    hidden = []
-    for start, stop in pairwise(bounds):
-        out = step(columns(batch, start, stop), cache_)
-        cache_ = out.cache
-        hidden.append(out.hidden)
-    return jnp.concatenate(hidden, axis=1), cache_
 
 
 @pytest.mark.parametrize("few", [0, 1000], ids=["blocks", "at-once"])

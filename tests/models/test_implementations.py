@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.peers import conversation, difference, even_config, random_model
+from models.peers import CONVERTED, conversation, difference, even_config, random_model
 
 from iv3jax import ops
 from iv3jax.data.collate import collate
@@ -17,16 +17,19 @@ from iv3jax.models.layers import Execution
 
 
 @cache
-def tiny():
-    """A model with two key heads' worth of everything, its weights, and two rows of 70 and 3 tokens."""
-    model, params = random_model(even_config("m2la"))
+def tiny(what=None):
+    """A model with two key heads' worth of everything, its weights, and two rows of 70 and 3 tokens.
+
+    `what` names what a converted model has besides.
+    """
+    model, params = random_model(even_config("m2la", **CONVERTED.get(what, {})))
     samples = [conversation(model.config, [n], n) for n in (70, 3)]
     return model, params, collate([[s] for s in samples], model.config, length=72)
 
 
-def fed(implementation, cache_dtype, scan_layers=True):
+def fed(implementation, cache_dtype, what=None):
     """Hidden states of a chunk of 72 tokens, then of one token a row, over a cache."""
-    model, params, batch = tiny()
+    model, params, batch = tiny(what)
     model = InternVideo3(model.config, Execution(implementation=implementation))
     cache = init_cache(model.config.text_config, 2, 80, cache_dtype)
     step = jax.jit(lambda batch, cache: model.apply({"params": params}, batch, None, cache))
@@ -44,11 +47,14 @@ def fed(implementation, cache_dtype, scan_layers=True):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
-@pytest.mark.parametrize("cache_dtype", ["float32", "int8", "float8_e4m3fn"])
-def test_over_a_cache(implementation, cache_dtype):
-    expected = fed("xla", cache_dtype)
+@pytest.mark.parametrize(
+    ("cache_dtype", "what"),
+    [("float32", None), ("int8", None), ("float8_e4m3fn", None), ("float32", "all")],
+)
+def test_over_a_cache(implementation, cache_dtype, what):
+    expected = fed("xla", cache_dtype, what)
     ops_before = dict(ops.taken())
-    got = fed(implementation, cache_dtype)
+    got = fed(implementation, cache_dtype, what)
     assert ops.taken() != ops_before
     for op in ("latent_compress_into", "latent_prefill", "latent_decode"):
         assert ops.taken()[op] == f"{implementation}, interpreted"
@@ -61,8 +67,9 @@ def test_over_a_cache(implementation, cache_dtype):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
-def test_whole_sequences_and_their_gradients(implementation):
-    model, params, batch = tiny()
+@pytest.mark.parametrize("what", [None, "all"])
+def test_whole_sequences_and_their_gradients(implementation, what):
+    model, params, batch = tiny(what)
 
     def loss(params, implementation):
         model_of = InternVideo3(model.config, Execution(implementation=implementation))

@@ -1,4 +1,5 @@
-"""M²LA against SPEC §2 written out in NumPy float64, for odd sizes: n ≠ e ≠ v, odd rank, odd head count.
+"""M²LA against SPEC §2 written out in NumPy float64, for odd sizes: n ≠ e ≠ v, odd rank, odd head count; and
+what a converted model has besides (cached norms, adapters, RoPE components, a rank for each layer).
 
 Both sides read the same tensors, in the layout of the checkpoint. fp32 against fp64: tolerance 1e-4 on values
 of order 1 to 10; about 1e-5 is seen.
@@ -8,7 +9,7 @@ import math
 
 import numpy as np
 import pytest
-from models.peers import conversation, difference, forward, random_tensors, tiny_config, to_ours
+from models.peers import CONVERTED, conversation, difference, forward, random_tensors, tiny_config, to_ours
 
 from iv3jax.data.collate import collate
 from iv3jax.models.internvideo3 import InternVideo3
@@ -24,59 +25,81 @@ def rms_norm(x, weight, epsilon):
     return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + epsilon) * weight
 
 
-def rope(x, positions, theta, section):
-    """x (…, e) at positions (3,): the pair (2i, 2i+1) turned by position · theta^(-2i/e), in half order."""
-    e = x.shape[-1]
+def rope(x, positions, config):
+    """x (…, e) at positions (3,): the pair (2j, 2j+1) turned by position · theta^(-2iK/e), in half order.
+
+    i = j mod e/2K is the pair's place in its component, one of K.
+    """
+    e, components, section = x.shape[-1], config.rope_components, config.mrope_section
     out = np.empty_like(x)
-    for i in range(e // 2):
-        axis = 0
+    for j in range(e // 2):
+        axis, i = 0, j % (e // 2 // components)
         if i % 3 == 1 and i < 3 * section[1]:
             axis = 1
         if i % 3 == 2 and i < 3 * section[2]:
             axis = 2
-        angle = positions[axis] * theta ** (-2 * i / e)
-        even, odd = x[..., 2 * i], x[..., 2 * i + 1]
-        out[..., i] = even * math.cos(angle) - odd * math.sin(angle)
-        out[..., i + e // 2] = odd * math.cos(angle) + even * math.sin(angle)
+        angle = positions[axis] * config.rope_theta ** (-2 * i * components / e)
+        even, odd = x[..., 2 * j], x[..., 2 * j + 1]
+        out[..., j] = even * math.cos(angle) - odd * math.sin(angle)
+        out[..., j + e // 2] = odd * math.cos(angle) + even * math.sin(angle)
     return out
 
 
-def attention(x, w, config, positions, segments):
+def attention(x, w, config, positions, segments, seen_by):
     """(T, D) → (T, D), expanded, one query, head and key at a time."""
-    heads, r = config.num_attention_heads, config.kv_lora_rank
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
     n, e, v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    section, theta = config.mrope_section, config.rope_theta
-    tokens = len(x)
-    query = (x @ w["q_proj.weight"].T + w["q_proj.bias"]).reshape(tokens, heads, n + e)
+    tokens, r = len(x), w["kv_b_proj.weight"].shape[1]
+    query = (x @ w["q_proj.weight"].T + w["q_proj.bias"]).reshape(tokens, heads, -1)
+    scale = np.ones((tokens, groups))
+    if config.use_qk_norm:
+        query = rms_norm(query, w["q_norm.weight"], config.rms_norm_eps)
+        expand = w["q_expand.weight"].reshape(heads, n + e, -1)
+        query = np.stack([query[:, h] @ expand[h].T for h in range(heads)], axis=1)
+        key = (x @ w["k_norm_proj.weight"].T).reshape(tokens, groups, -1)
+        scale = 1 / np.sqrt(np.mean(key**2, axis=-1) + config.rms_norm_eps)
     latent = x @ w["kv_a_proj_with_mqa.weight"].T + w["kv_a_proj_with_mqa.bias"]
+    if config.latent_adapters:
+        for t in range(tokens):
+            m = int(seen_by[t] >= 0)
+            latent[t, :r] = w["kv_adapters.weight"][m] @ latent[t, :r] + w["kv_adapters.bias"][m]
     up = (latent[:, :r] @ w["kv_b_proj.weight"].T).reshape(tokens, heads, n + v)
-    q_rope = np.stack([rope(query[t, :, n:], positions[:, t], theta, section) for t in range(tokens)])
-    k_rope = np.stack([rope(latent[t, r:], positions[:, t], theta, section) for t in range(tokens)])
+    q_rope = np.stack([rope(query[t, :, n:], positions[:, t], config) for t in range(tokens)])
+    k_rope = np.stack([rope(latent[t, r:], positions[:, t], config) for t in range(tokens)])
     out = np.zeros((tokens, heads, v))
     for s in range(tokens):
         seen = [t for t in range(s + 1) if segments[t] == segments[s]]
         for h in range(heads):
-            logits = [query[s, h, :n] @ up[t, h, :n] + q_rope[s, h] @ k_rope[t] for t in seen]
-            weights = np.exp(np.array(logits) / math.sqrt(n + e))
+            logits = np.array([query[s, h, :n] @ up[t, h, :n] + q_rope[s, h] @ k_rope[t] for t in seen])
+            weights = np.exp(logits * scale[seen, h * groups // heads] / math.sqrt(n + e))
             out[s, h] = weights / weights.sum() @ up[seen, h, n:]
     return out.reshape(tokens, heads * v) @ w["o_proj.weight"].T
 
 
-def decoder(values, config, input_ids, positions, segments):
-    """The hidden state after every layer, and the logits: (L, T, D) and (T, vocab)."""
+def decoder(values, config, input_ids, positions, segments, visual_index=None, visual=None):
+    """The hidden state after every layer, and the logits: (L, T, D) and (T, vocab).
+
+    visual_index (T,) and visual, the tower's (1 + levels, N, D): vision tokens and their DeepStack levels.
+    """
     values = {k: v.astype(np.float64) for k, v in values.items()}
     root = "model.language_model"
     x = values[f"{root}.embed_tokens.weight"][input_ids]
+    if visual_index is None:
+        visual_index, visual = np.full(len(x), -1), np.zeros((1, 1, 1))
+    at = visual_index >= 0
+    x[at] = visual[0, visual_index[at]]
     layers = []
     for i in range(config.num_hidden_layers):
         prefix = f"{root}.layers.{i}."
         w = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
         inner = {k.removeprefix("self_attn."): v for k, v in w.items()}
         y = rms_norm(x, w["input_layernorm.weight"], config.rms_norm_eps)
-        x = x + attention(y, inner, config, positions, segments)
+        x = x + attention(y, inner, config, positions, segments, visual_index)
         y = rms_norm(x, w["post_attention_layernorm.weight"], config.rms_norm_eps)
         gate, up = y @ w["mlp.gate_proj.weight"].T, y @ w["mlp.up_proj.weight"].T
         x = x + (gate / (1 + np.exp(-gate)) * up) @ w["mlp.down_proj.weight"].T
+        if i + 1 < len(visual):
+            x[at] += visual[i + 1, visual_index[at]]
         layers.append(x)
     x = rms_norm(x, values[f"{root}.norm.weight"], config.rms_norm_eps)
     return np.stack(layers), x @ values["lm_head.weight"].T
@@ -110,6 +133,29 @@ def test_decoder_against_float64(heads, r, n, e, v, section):
     ).any()
     assert difference(computed["layers"][:, 0, :tokens], layers) <= TOLERANCE
     assert difference(computed["logits"][0, :tokens], logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("what", CONVERTED)
+def test_what_conversion_adds_against_float64(what):
+    """Each thing alone and all together, on a video between text."""
+    config = tiny_config(**CONVERTED[what])
+    sample = conversation(config, [3, ("video", 2, 4, 6), 5], 1)
+    batch = collate([[sample]], config, length=len(sample))
+    values = random_tensors(config, seed=5)
+    computed = forward(InternVideo3(config), to_ours(values, config), batch)
+    visual = np.concatenate([computed["tokens"][None, 0], computed["deepstack"][:, 0]])
+    layers, logits = decoder(
+        values,
+        config.text_config,
+        batch.input_ids[0],
+        batch.positions[:, 0].astype(np.float64),
+        batch.segment_ids[0],
+        batch.visual_index[0],
+        visual,
+    )
+    assert (batch.visual_index[0] >= 0).any() and (batch.visual_index[0] < 0).any()
+    assert difference(computed["layers"][:, 0], layers) <= TOLERANCE
+    assert difference(computed["logits"][0], logits) <= TOLERANCE
 
 
 def test_axes_of_the_8b_model():

@@ -98,7 +98,7 @@ def test_parameters_of_internvideo3_8b():
 
 def test_unknown_preset():
     with pytest.raises(
-        UserError, match=r"^huge: no such preset; there are internvideo3_8b, qwen3_vl_8b, tiny$"
+        UserError, match=r"^huge: no such preset; there are internvideo3_8b, qwen3_vl_8b, tiny, tiny_gqa$"
     ):
         preset("huge")
 

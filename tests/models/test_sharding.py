@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from models.peers import (
     ATTENTIONS,
+    CONVERTED,
     conversation,
     difference,
     even_config,
@@ -66,10 +67,15 @@ def computed(model, params, batch):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
+def config_of(attention: str):
+    """An even config, "converted" being M²LA with all that a converted model may have."""
+    return even_config("m2la", **CONVERTED["all"]) if attention == "converted" else even_config(attention)
+
+
 @cache
 def one_device(attention: str, rows: int):
     """The model, its weights, a batch and what one device computes."""
-    model, params = random_model(even_config(attention))
+    model, params = random_model(config_of(attention))
     batch = batch_of(model.config, rows)
     return model, params, batch, computed(model, params, batch)(params)
 
@@ -83,6 +89,7 @@ def one_device(attention: str, rows: int):
         ("m2la", "context 2, fsdp 2, tensor 2", 4),
         ("gqa", "fsdp 4, tensor 2", 3),
         ("gqa", "context 2, fsdp 2, tensor 2", 4),
+        ("converted", "context 2, fsdp 2, tensor 2", 4),
     ],
 )
 def test_eight_devices_compute_what_one_does(attention, mesh, rows):
@@ -139,10 +146,12 @@ def test_zigzag_gives_every_device_the_same_work():
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
-def test_decoding_over_a_split_cache(cache_dtype):
+@pytest.mark.parametrize(
+    ("attention", "cache_dtype"), [("m2la", "float32"), ("m2la", "int8"), ("converted", "float32")]
+)
+def test_decoding_over_a_split_cache(attention, cache_dtype):
     """Slots over a context axis: the tokens of one device, prompts longer and shorter than a part."""
-    model, params = random_model(even_config("m2la"))
+    model, params = random_model(config_of(attention))
     samples = [conversation(model.config, [n], n) for n in (3, 90)]
     batch = collate([[s] for s in samples], model.config, length=96)
     once = partial(generate, max_new_tokens=9, stop_ids=[], capacity=110, cache_dtype=cache_dtype)
@@ -232,9 +241,9 @@ def test_specs():
 
 def test_every_logical_axis_of_a_weight_has_a_rule_and_is_used():
     names = set()
-    for attention in ATTENTIONS:
+    for attention in (*ATTENTIONS, "converted"):
         boxes = jax.tree.leaves(
-            boxed_params(InternVideo3(even_config(attention))), is_leaf=lambda x: hasattr(x, "names")
+            boxed_params(InternVideo3(config_of(attention))), is_leaf=lambda x: hasattr(x, "names")
         )
         assert all(isinstance(box, nn.LogicallyPartitioned) for box in boxes)
         names |= {name for box in boxes for name in box.names}

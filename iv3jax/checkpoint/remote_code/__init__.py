@@ -12,31 +12,49 @@ from iv3jax.models.config import ModelConfig
 FOLDER = Path(__file__).parent
 """Where the files lie."""
 
-FILES = (
+ARCHITECTURES = {
+    "internvideo3": "InternVideo3ForConditionalGeneration",
+    "internvideo3_text": "InternVideo3ForCausalLM",
+}
+"""What config.json's `architectures` lists, for each model type that needs this code."""
+
+_TEXT_FILES = (
     "configuration_internvideo3.py",
-    "modeling_internvideo3.py",
+    "decoder_internvideo3.py",
     "attention_internvideo3.py",
     "positions_internvideo3.py",
-    "processing_internvideo3.py",
-    "media_internvideo3.py",
 )
+
+FILES = {
+    "internvideo3": (
+        *_TEXT_FILES,
+        "modeling_internvideo3.py",
+        "processing_internvideo3.py",
+        "media_internvideo3.py",
+    ),
+    "internvideo3_text": _TEXT_FILES,
+}
 """The files to copy."""
 
-ARCHITECTURE = "InternVideo3ForConditionalGeneration"
-"""What config.json's `architectures` lists."""
-
 AUTO_MAP = {
-    "AutoConfig": "configuration_internvideo3.InternVideo3Config",
-    "AutoModel": "modeling_internvideo3.InternVideo3Model",
-    "AutoModelForCausalLM": f"modeling_internvideo3.{ARCHITECTURE}",
-    "AutoModelForImageTextToText": f"modeling_internvideo3.{ARCHITECTURE}",
-    "AutoProcessor": "processing_internvideo3.InternVideo3Processor",
+    "internvideo3": {
+        "AutoConfig": "configuration_internvideo3.InternVideo3Config",
+        "AutoModel": "modeling_internvideo3.InternVideo3Model",
+        "AutoModelForCausalLM": f"modeling_internvideo3.{ARCHITECTURES['internvideo3']}",
+        "AutoModelForImageTextToText": f"modeling_internvideo3.{ARCHITECTURES['internvideo3']}",
+        "AutoProcessor": "processing_internvideo3.InternVideo3Processor",
+    },
+    "internvideo3_text": {
+        "AutoConfig": "configuration_internvideo3.InternVideo3TextConfig",
+        "AutoModel": "decoder_internvideo3.InternVideo3TextModel",
+        "AutoModelForCausalLM": f"decoder_internvideo3.{ARCHITECTURES['internvideo3_text']}",
+    },
 }
 """config.json's `auto_map`."""
 
 PROCESSOR_CONFIG: dict[str, Any] = {
     "processor_class": "InternVideo3Processor",
-    "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
+    "auto_map": {"AutoProcessor": AUTO_MAP["internvideo3"]["AutoProcessor"]},
 }
 """processor_config.json. Sizes and frame rates are not in it: the processor reads them from the two files
 that `iv3jax.data.processor.Processor.save` writes, so that they are stated once."""

@@ -8,7 +8,6 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfi
 # What the model code computes, where wider families have a choice; the first value means unsaid.
 _SUPPORTED: dict[str, tuple] = {
     "q_lora_rank": (None,),
-    "kv_lora_rank_list": (None,),
     "qk_latent_layernorm": (None, False),
     "rope_interleave": (None, True),
     "mlp_bias": (None, False),
@@ -25,37 +24,82 @@ class InternVideo3VisionConfig(Qwen3VLVisionConfig):
 class InternVideo3TextConfig(Qwen3VLTextConfig):
     """The decoder: Qwen3's fields and those of M²LA, multimodal multi-head latent attention.
 
+    From `kv_lora_rank_list` on they are of models converted from grouped-query attention.
+
     Args:
         kv_lora_rank: numbers of the latent that is cached for each token.
         qk_nope_head_dim: dims of a query or key head without rotary embedding.
         qk_rope_head_dim: dims with it; its key is one for all heads and cached beside the latent.
         v_head_dim: dims of a value head.
         attention_bias: whether `q_proj` and `kv_a_proj_with_mqa` have biases.
+        kv_lora_rank_list: the latent's numbers in each layer, where they differ; `kv_lora_rank` is the most.
+        latent_adapters: whether a latent is mapped before it is cached, by one affine map for text tokens and
+            one for vision tokens: `kv_adapters`.
+        use_qk_norm: whether query and key are normalised. A query is, over its `head_dim` numbers (`q_norm`),
+            before a matrix for each head (`q_expand`) makes qk_nope_head_dim + qk_rope_head_dim of them. Of a
+            key one number is cached for each of the num_key_value_heads groups, 1 / rms of the `head_dim`
+            numbers that `k_norm_proj` makes, and multiplies the logits of the group's heads.
+        rope_components: how many pairs turn by the same frequency. Of the qk_rope_head_dim / 2 pairs, pair j
+            turns by frequency j mod (qk_rope_head_dim / 2 / rope_components).
+        rope_parameters: `mrope_section` makes it interleaved M-RoPE over time, height and width; without it a
+            text-only decoder counts tokens.
     """
 
     model_type = "internvideo3_text"
     default_theta = 5e6
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     kv_lora_rank: int = 896
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 128
     v_head_dim: int = 128
     attention_bias: bool = True
+    tie_word_embeddings: bool = False
+    kv_lora_rank_list: list[int] | tuple[int, ...] | None = None
+    latent_adapters: bool = False
+    use_qk_norm: bool = False
+    rope_components: int = 1
+
+    @property
+    def rope_frequencies(self) -> int:
+        """How many frequencies the rotary embedding has."""
+        return self.qk_rope_head_dim // self.rope_components // 2
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         for key, values in _SUPPORTED.items():
             if getattr(self, key, None) not in values:
                 raise ValueError(f"config.json: {key} = {getattr(self, key)!r} is not supported")
-        rope = self.rope_parameters
-        rope.setdefault("mrope_section", [24, 20, 20])
-        rope.setdefault("mrope_interleaved", True)
-        if rope["rope_type"] not in ("default", "mrope") or not rope["mrope_interleaved"]:
-            raise ValueError(f"config.json: only interleaved M-RoPE without scaling is supported, not {rope}")
-        if 2 * sum(rope["mrope_section"]) != self.qk_rope_head_dim:
+        if self.qk_rope_head_dim % (2 * self.rope_components):
             raise ValueError(
-                f"config.json: mrope_section {rope['mrope_section']} must sum to half of "
-                f"qk_rope_head_dim {self.qk_rope_head_dim}"
+                f"config.json: qk_rope_head_dim {self.qk_rope_head_dim} must be a multiple of "
+                f"2 x rope_components {self.rope_components}"
+            )
+        ranks = self.kv_lora_rank_list
+        if ranks is not None and (len(ranks) != self.num_hidden_layers or max(ranks) != self.kv_lora_rank):
+            raise ValueError(
+                f"config.json: kv_lora_rank_list must hold a rank for each of the {self.num_hidden_layers} "
+                f"layers, the largest of them kv_lora_rank {self.kv_lora_rank}, not {list(ranks)}"
+            )
+        rope = self.rope_parameters
+        if rope.get("mrope_section") is not None:
+            self.use_mrope(rope["mrope_section"])
+        if rope["rope_type"] not in ("default", "mrope") or not rope.get("mrope_interleaved", True):
+            raise ValueError(f"config.json: only interleaved M-RoPE without scaling is supported, not {rope}")
+
+    def use_mrope(self, section: list[int]) -> None:
+        """Sets the sections of M-RoPE, where none are set.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        rope = self.rope_parameters
+        section = rope.setdefault("mrope_section", section)
+        rope.setdefault("mrope_interleaved", True)
+        if sum(section) != self.rope_frequencies:
+            raise ValueError(
+                f"config.json: mrope_section {section} must sum to the {self.rope_frequencies} frequencies "
+                f"of qk_rope_head_dim {self.qk_rope_head_dim}"
             )
 
 
@@ -86,5 +130,6 @@ class InternVideo3Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.text_config.use_mrope([24, 20, 20])
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))

@@ -1,125 +1,32 @@
-"""InternVideo3 in PyTorch for transformers: the decoder with DeepStack, the whole model, generation.
+"""InternVideo3 in PyTorch for transformers: the whole model, with vision, and generation.
 
-The vision tower, the feed-forward and the norms are transformers' own of Qwen3-VL. Attention is in
-attention_internvideo3.py, positions are in positions_internvideo3.py.
+The vision tower is transformers' own of Qwen3-VL. The decoder is in decoder_internvideo3.py, positions are in
+positions_internvideo3.py.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.qwen3_vl.modeling_qwen3_vl import (
-    Qwen3VLTextMLP,
-    Qwen3VLTextRMSNorm,
-    Qwen3VLVisionModel,
-)
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.utils import can_return_tuple
 
-from .attention_internvideo3 import InternVideo3Attention, Rope, mrope_angles
-from .configuration_internvideo3 import InternVideo3Config, InternVideo3TextConfig
+from .configuration_internvideo3 import InternVideo3Config
+from .decoder_internvideo3 import InternVideo3PreTrainedModel, InternVideo3TextModel, Visual
 from .positions_internvideo3 import mrope_positions, repeated, text_positions
 
 
-class InternVideo3DecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, each pre-norm and residual."""
-
-    def __init__(self, config: InternVideo3TextConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.self_attn = InternVideo3Attention(config, layer_idx)
-        self.mlp = Qwen3VLTextMLP(config)
-        self.input_layernorm = Qwen3VLTextRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3VLTextRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, hidden: torch.Tensor, rope: Rope, mask: torch.Tensor | None, past_key_values: Cache | None
-    ) -> torch.Tensor:
-        """(B, T, D) → (B, T, D)."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, mask, past_key_values)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-
-class InternVideo3PreTrainedModel(PreTrainedModel):
-    """What all parts share."""
+class InternVideo3VisionPreTrainedModel(InternVideo3PreTrainedModel):
+    """What the parts with vision share."""
 
     config_class = InternVideo3Config
-    base_model_prefix = "model"
     input_modalities = ("image", "video", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["InternVideo3DecoderLayer", "Qwen3VLVisionBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_sdpa = True
-    _can_compile_fullgraph = True
 
 
-class Visual(NamedTuple):
-    """The vision tokens of a batch, in the order of their positions.
-
-    Attributes:
-        mask: (B, T) bool, where they stand.
-        tokens: (N, D).
-        levels: (N, D) for each DeepStack level.
-    """
-
-    mask: torch.Tensor
-    tokens: torch.Tensor
-    levels: list[torch.Tensor]
-
-
-class InternVideo3TextModel(InternVideo3PreTrainedModel):
-    """The decoder: embeddings, layers with DeepStack, the final norm."""
-
-    config_class = InternVideo3TextConfig
-
-    def __init__(self, config: InternVideo3TextConfig) -> None:
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            InternVideo3DecoderLayer(config, i) for i in range(config.num_hidden_layers)
-        )
-        self.norm = Qwen3VLTextRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def forward(
-        self,
-        inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        visual: Visual | None = None,
-        output_hidden_states: bool = False,
-    ) -> BaseModelOutputWithPast:
-        """(B, T, D) embeddings at (3, B, T) positions → (B, T, D)."""
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-        )
-        rope = mrope_angles(self.config, position_ids)
-        hidden = inputs_embeds
-        states = [hidden]
-        for number, layer in enumerate(self.layers):
-            hidden = layer(hidden, rope, mask, past_key_values=past_key_values)
-            if visual is not None and number < len(visual.levels):
-                hidden = hidden.clone()
-                hidden[visual.mask] += visual.levels[number].to(hidden)
-            if output_hidden_states:
-                states.append(hidden)
-        hidden = self.norm(hidden)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values,
-            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
-        )
-
-
-class InternVideo3Model(InternVideo3PreTrainedModel):
+class InternVideo3Model(InternVideo3VisionPreTrainedModel):
     """Tower and decoder, without the head."""
 
     def __init__(self, config: InternVideo3Config) -> None:
@@ -161,10 +68,18 @@ class InternVideo3Model(InternVideo3PreTrainedModel):
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
+        vision = None
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(input_ids)
+        elif mm_token_type_ids is not None:
+            vision = mm_token_type_ids != 0
+        elif self.config.text_config.latent_adapters:
+            raise ValueError(
+                "inputs_embeds need mm_token_type_ids: latent_adapters tell vision from text by them"
+            )
         visual = self._encode(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         if visual is not None:
+            vision = visual.mask
             tokens = visual.tokens.to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(visual.mask[..., None], tokens)
         if position_ids is None:
@@ -180,13 +95,17 @@ class InternVideo3Model(InternVideo3PreTrainedModel):
             position_ids = position_ids[None].expand(3, -1, -1)
         if past_key_values is not None and inputs_embeds.shape[1] > 1:
             past_key_values.rope_deltas = _rope_deltas(position_ids, attention_mask, past_key_values)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return self.language_model(
-            inputs_embeds,
-            position_ids,
-            attention_mask,
-            past_key_values,
-            visual,
-            bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=bool(output_hidden_states),
+            visual=visual,
+            vision=vision,
         )
 
     def _encode(
@@ -270,7 +189,7 @@ def _rope_deltas(
     return position_ids.amax((0, 2))[:, None] + 1 - real
 
 
-class InternVideo3ForConditionalGeneration(InternVideo3PreTrainedModel, GenerationMixin):
+class InternVideo3ForConditionalGeneration(InternVideo3VisionPreTrainedModel, GenerationMixin):
     """The whole model with its head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
@@ -319,7 +238,8 @@ class InternVideo3ForConditionalGeneration(InternVideo3PreTrainedModel, Generati
             labels: (B, T), the token itself where a loss is taken, else -100.
             pixel_values, image_grid_thw: (patches, 3·2·16·16) of all images; (images, 3) in patches.
             pixel_values_videos, video_grid_thw: the same of all videos.
-            mm_token_type_ids: not needed: the ids tell which token is an image's or a video's.
+            mm_token_type_ids: (B, T), 0 for text, where inputs_embeds hold vision tokens and the model has
+                adapters; else not needed: the ids tell which token is an image's or a video's.
 
         Raises:
             ValueError: images or videos that do not fit the tokens that stand for them.
@@ -330,6 +250,7 @@ class InternVideo3ForConditionalGeneration(InternVideo3PreTrainedModel, Generati
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
             pixel_values=pixel_values,
             pixel_values_videos=pixel_values_videos,
             image_grid_thw=image_grid_thw,
@@ -337,15 +258,7 @@ class InternVideo3ForConditionalGeneration(InternVideo3PreTrainedModel, Generati
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            vocabulary = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
-        )
+        return self.with_logits(out, labels, logits_to_keep, **kwargs)
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]

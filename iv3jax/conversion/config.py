@@ -1,0 +1,176 @@
+"""What a conversion is asked for, and what follows from it before any weight is read."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from iv3jax.conversion.methods import method
+from iv3jax.conversion.rotate import Layout, LayoutError, layout
+from iv3jax.errors import UserError
+from iv3jax.models.config import ModelConfig, TextConfig
+
+BUDGETS = ("uniform", "dynamic")
+QK_NORMS = ("linear", "cached", "dropped")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """One conversion.
+
+    Attributes:
+        rank: of the latent in every layer; with a dynamic budget their mean. None: what `cache_fraction`
+            gives.
+        cache_fraction: numbers cached per token against the source's keys and values; instead of `rank`.
+        budget: "uniform", or "dynamic": ranks by layer, where they save the most of the expected loss.
+        rope_dim: `qk_rope_head_dim`; None is head_dim.
+        rope_components: how many components of each frequency keep RoPE; as many as there are key heads,
+            and a rank that holds all values, are no approximation at all.
+        freqfold: neighbouring frequencies treated as one; None takes as few as rope_dim allows.
+        qk_norm: what becomes of q/k norm where the source has it: "linear", an affine substitute; "cached",
+            kept exactly, with one number per key head and token in the cache; "dropped", left out.
+        adapters: an affine map of the latent for text and one for vision tokens.
+        method: a key of METHODS.
+        tokens: of calibration, most. length: tokens of a row.
+        seed: of the draws.
+    """
+
+    rank: int | None = None
+    cache_fraction: float | None = None
+    budget: str = "uniform"
+    rope_dim: int | None = None
+    rope_components: int = 1
+    freqfold: int | None = None
+    qk_norm: str = "linear"
+    adapters: bool = False
+    method: str = "iv3"
+    tokens: int = 65536
+    length: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        method(self.method)
+        for name, value, known in (("budget", self.budget, BUDGETS), ("qk-norm", self.qk_norm, QK_NORMS)):
+            if value not in known:
+                raise UserError(f"--{name} {value}: there are {', '.join(known)}")
+        if (self.rank is None) == (self.cache_fraction is None):
+            raise UserError("name either --rank or --cache-fraction")
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"--rank {self.rank}: must be 1 or more")
+        if self.cache_fraction is not None and not 0 < self.cache_fraction <= 1:
+            raise UserError(f"--cache-fraction {self.cache_fraction}: must be above 0 and at most 1")
+        if self.tokens < self.length or self.length < 2:
+            raise UserError(
+                f"--tokens {self.tokens} must be at least one row of --length {self.length}, 2 or more"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion of one source means in numbers.
+
+    Attributes:
+        text: the source's decoder.
+        layout: of the RoPE key's frequencies.
+        rope_dim: e. rank: r, the mean over layers. step: ranks of a dynamic budget are multiples of it.
+        cached: whether norms stay and are cached.
+    """
+
+    text: TextConfig
+    layout: Layout
+    rope_dim: int
+    rank: int
+    step: int
+    cached: bool
+
+    @property
+    def content(self) -> int:
+        """c, the key dims that lose their rotation."""
+        return self.text.num_key_value_heads * self.text.head_dim - self.rope_dim
+
+    @property
+    def largest(self) -> int:
+        """The rank that leaves nothing out."""
+        return self.content + self.text.num_key_value_heads * self.text.head_dim
+
+
+def plan(config: ConvertConfig, source: ModelConfig) -> Plan:
+    """Checks a conversion against its source.
+
+    Raises:
+        UserError: a rank above what exists, a budget that cannot be met, a RoPE width that does not fit, or
+            norms to be kept where there are none.
+    """
+    text = source.text_config
+    heads, d = text.num_key_value_heads, text.head_dim
+    rope = d * config.rope_components if config.rope_dim is None else config.rope_dim
+    if config.rope_components > heads:
+        raise UserError(f"--rope-components {config.rope_components}: the source has {heads} key heads")
+    cached = config.qk_norm == "cached"
+    if cached and not text.use_qk_norm:
+        raise UserError("--qk-norm cached: the source has no q/k norm; leave the option out")
+    if cached and config.method != "iv3":
+        raise UserError(f"--qk-norm cached: is not part of --method {config.method}; leave the option out")
+    if config.adapters and source.vision_config is None:
+        raise UserError("--adapters on: the source is text-only, and adapters tell text from vision")
+    fold = config.freqfold or max(1, d * config.rope_components // rope)
+    try:
+        frequencies = layout(d, rope, config.rope_components, fold, text.mrope_section)
+    except LayoutError as error:
+        raise UserError(str(error)) from None
+    # A cached norm is an fp32 number per key head, two of bf16.
+    extra = 2 * heads if cached else 0
+    if config.cache_fraction is None:
+        assert config.rank is not None
+        rank = config.rank
+    else:
+        rank = int(config.cache_fraction * text.cache_width) - rope - extra
+        if rank < 1:
+            least = (rope + extra + 1) / text.cache_width
+            raise UserError(
+                f"--cache-fraction {config.cache_fraction}: the RoPE key alone takes {rope + extra} of the "
+                f"source's {text.cache_width} numbers per token and layer; ask for {least:.3f} or more, or a "
+                "smaller --rope-dim"
+            )
+    found = Plan(text, frequencies, rope, rank, _step(rank), cached)
+    if rank > found.largest:
+        raise UserError(
+            f"rank {rank}: the source has {found.largest} dims besides the RoPE key's {rope}; "
+            f"ask for {found.largest} or less"
+        )
+    return found
+
+
+def _step(rank: int) -> int:
+    """The largest power of two, up to a chip's tile of 128, of which a mean rank has at least six."""
+    step = 1
+    while step < 128 and 12 * step <= rank:
+        step *= 2
+    return step
+
+
+def converted_config(
+    source: ModelConfig, target_type: str, found: Plan, ranks: tuple[int, ...], adapters: bool
+) -> ModelConfig:
+    """The config of the converted model."""
+    text, stride = found.text, _stride(found)
+    section = text.mrope_section
+    new = dataclasses.replace(
+        text,
+        attention_bias=True,
+        attention_output_bias=False,
+        use_qk_norm=found.cached,
+        kv_lora_rank=max(ranks),
+        kv_lora_rank_list=None if len(set(ranks)) == 1 else ranks,
+        qk_nope_head_dim=text.head_dim,
+        qk_rope_head_dim=found.rope_dim,
+        v_head_dim=text.head_dim,
+        rope_components=found.rope_dim * stride // text.head_dim,
+        latent_adapters=adapters,
+        mrope_section=None if section is None else tuple(s // stride for s in section),
+    )
+    return dataclasses.replace(source, model_type=target_type, text_config=new, source={})
+
+
+def _stride(found: Plan) -> int:
+    """Every how many of the source's frequencies one turns."""
+    turning = sorted(set(found.layout.anchor.tolist()))
+    return found.text.head_dim // 2 // len(turning)

@@ -1,0 +1,189 @@
+"""Which combination of the key heads keeps RoPE (SPEC §3, steps 3 and 4).
+
+A pair of dims of a key is one complex number of its frequency, and RoPE multiplies it by a phase. So every
+complex linear combination of the heads' numbers of one frequency commutes with RoPE, also with interleaved
+M-RoPE, where a frequency belongs to one axis. Per frequency a unitary U over the heads is chosen; its first
+component becomes the shared RoPE key, the others lose their rotation and become content.
+
+With e < d fewer frequencies turn: neighbouring ones are folded into groups of `fold`, whose members are
+components beside the heads. That is approximate, as they turn at slightly different speeds.
+
+Complex numbers here stand for pairs in half order: k[i] + 1j·k[i + d/2].
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from iv3jax.conversion.layer import Split
+from iv3jax.models.rope import mrope_axes
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which source frequencies are grouped, and at which frequency what is kept of a group turns.
+
+    Attributes:
+        members: (groups, fold), source frequencies of each group.
+        kept: (groups, k), the pairs of the RoPE key that each group fills.
+        anchor: (e/2,), the source frequency that each pair of the RoPE key turns at.
+    """
+
+    members: Array
+    kept: Array
+    anchor: Array
+
+
+class LayoutError(ValueError):
+    """A RoPE width that the source's frequencies cannot be laid out for."""
+
+
+def layout(
+    head_dim: int, rope_dim: int, components: int, fold: int, sections: tuple[int, ...] | None
+) -> Layout:
+    """Frequencies of a RoPE key of `rope_dim` dims for heads of `head_dim`.
+
+    Args:
+        components: how many components of every frequency keep RoPE (`rope_components`).
+        fold: neighbouring frequencies that are treated as one.
+        sections: `mrope_section`, None for plain RoPE.
+
+    Raises:
+        LayoutError: a width that does not divide, or whose frequencies stand for another axis than the
+            source's.
+    """
+    if head_dim * components % rope_dim:
+        raise LayoutError(
+            f"qk_rope_head_dim {rope_dim} does not divide head_dim {head_dim} × {components} components"
+        )
+    stride = head_dim * components // rope_dim
+    if fold % stride or (head_dim // 2) % fold:
+        raise LayoutError(
+            f"freqfold {fold} must be a multiple of {stride} and divide a head's {head_dim // 2} frequencies"
+        )
+    turning = np.arange(0, head_dim // 2, stride)
+    if sections is not None and stride > 1:
+        part = tuple(s // stride for s in sections)
+        mine = mrope_axes(rope_dim // components, part)
+        if not np.array_equal(mine, mrope_axes(head_dim, sections)[turning]):
+            raise LayoutError(
+                f"qk_rope_head_dim {rope_dim}: with mrope_section {list(sections)} each {stride}th frequency "
+                "stands for another axis (time, height, width) than it would in the new model; take "
+                f"{head_dim} or {head_dim // 4}"
+            )
+    if sections is not None and fold > 1:
+        raise LayoutError(
+            "freqfold is for plain RoPE: under M-RoPE neighbouring frequencies turn by other axes"
+        )
+    per_component = len(turning)
+    anchor = np.tile(turning, components)
+    members = np.arange(head_dim // 2).reshape(-1, fold)
+    pair = np.arange(rope_dim // 2)
+    kept = np.stack([pair[anchor // fold == group] for group in range(len(members))])
+    assert kept.shape[1] * len(members) == per_component * components
+    return Layout(members, kept, anchor)
+
+
+def grouped(x: Array, members: Array) -> Array:
+    """(…, heads, d) real → (…, groups, heads·fold) complex."""
+    half = x.shape[-1] // 2
+    z = x[..., :half] + 1j * x[..., half:]
+    z = np.moveaxis(z[..., members], -3, -2)
+    return z.reshape(*z.shape[:-2], -1)
+
+
+def complex_moments(moment: Array, heads: int, members: Array) -> Array:
+    """E[k kᵀ] (G·d, G·d) → E[z z*] (groups, G·fold, G·fold) of each group's complex numbers."""
+    d = len(moment) // heads
+    m = moment.reshape(heads, 2, d // 2, heads, 2, d // 2)
+    real = m[:, 0, :, :, 0] + m[:, 1, :, :, 1]
+    imaginary = m[:, 1, :, :, 0] - m[:, 0, :, :, 1]
+    full = real + 1j * imaginary
+    out = np.stack([full[:, f][:, :, :, f] for f in members])
+    size = heads * members.shape[1]
+    return out.reshape(len(members), size, size)
+
+
+def unitaries(moments: Array, weights: Array | None = None, real: bool = False) -> tuple[Array, Array]:
+    """Per group, the basis T whose components hold the most of the keys, and its inverse.
+
+    Args:
+        moments: (groups, n, n), E[z z*].
+        weights: (groups, n) > 0, how much each number's error matters (√ of the queries' energy); None is 1.
+        real: one rotation for real and imaginary parts alike, as published by others.
+
+    Returns:
+        T (groups, n, n) with components T·z, the largest first, and T⁻¹. T is unitary where weights are None.
+    """
+    weights = np.ones(moments.shape[:2]) if weights is None else weights
+    weighted = weights[:, :, None] * moments * weights[:, None]
+    _, vectors = np.linalg.eigh(weighted.real if real else weighted)
+    vectors = vectors[..., ::-1].astype(complex)
+    adjoint = np.conj(np.swapaxes(vectors, -1, -2))
+    return adjoint * weights[:, None], vectors / weights[..., None]
+
+
+def kept_energy(moments: Array, weights: Array | None, plan: Layout) -> Array:
+    """() the share of the keys' (weighted) energy that lies in the components which keep RoPE."""
+    weights = np.ones(moments.shape[:2]) if weights is None else weights
+    values = np.linalg.eigvalsh(weights[:, :, None] * moments * weights[:, None])[:, ::-1]
+    return np.asarray(values[:, : plan.kept.shape[1]].sum() / values.sum())
+
+
+def split(to: Array, back: Array, plan: Layout, heads: int, per_group: int, head_dim: int) -> Split:
+    """The split that keeps RoPE on the first components of `unitaries`, exact but for what stops turning.
+
+    Args:
+        to, back: T and T⁻¹ (groups, n, n).
+        heads: key heads. per_group: query heads of each.
+    """
+    fold, keep = plan.members.shape[1], plan.kept.shape[1]
+    rope_pairs = len(plan.anchor)
+    groups, n = to.shape[:2]
+    to_rope = np.zeros((rope_pairs, heads, head_dim // 2), complex)
+    query_rope = np.zeros((heads, rope_pairs, head_dim // 2), complex)
+    rest = n - keep
+    to_content = np.zeros((groups, rest, heads, head_dim // 2), complex)
+    content_up = np.zeros((heads, head_dim // 2, groups, rest), complex)
+    for i, (members, kept) in enumerate(zip(plan.members, plan.kept, strict=True)):
+        shaped, inverse = to[i].reshape(n, heads, fold), back[i].reshape(heads, fold, n)
+        to_rope[np.ix_(kept, range(heads), members)] = shaped[:keep]
+        # Re(conj(q)·a·z) = Re(conj(conj(a)·q)·z): what meets z is conj(a)·q.
+        query_rope[np.ix_(range(heads), kept, members)] = np.conj(np.moveaxis(inverse[..., :keep], -1, 1))
+        to_content[np.ix_([i], range(rest), range(heads), members)] = shaped[keep:]
+        content_up[np.ix_(range(heads), members, [i])] = inverse[:, :, None, keep:]
+    return Split(
+        interleaved_rows(as_real(to_rope)).reshape(2 * rope_pairs, -1),
+        np.stack([interleaved_rows(as_real(q[:, None])[:, :, 0]) for q in query_rope]).repeat(
+            per_group, axis=0
+        ),
+        half_rows(as_real(to_content.reshape(groups * rest, heads, head_dim // 2))).reshape(
+            2 * groups * rest, heads * head_dim
+        ),
+        content_real(content_up.reshape(heads, head_dim // 2, groups * rest)).repeat(per_group, axis=0),
+    )
+
+
+def as_real(z: Array) -> Array:
+    """A complex map (m, heads, f) of numbers in half order → real (2, m, heads, 2·f), real parts first."""
+    first = np.concatenate([z.real, -z.imag], axis=-1)
+    second = np.concatenate([z.imag, z.real], axis=-1)
+    return np.stack([first, second])
+
+
+def interleaved_rows(x: Array) -> Array:
+    """(2, m, …) → (2·m, …) in the order real 0, imaginary 0, real 1, …"""
+    return np.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+def half_rows(x: Array) -> Array:
+    """(2, m, …) → (2·m, …), all real parts first."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def content_real(z: Array) -> Array:
+    """A complex map (heads, f, m) → real (heads, 2·f, 2·m), half order on both sides."""
+    top = np.concatenate([z.real, -z.imag], axis=-1)
+    return np.concatenate([top, np.concatenate([z.imag, z.real], axis=-1)], axis=-2)
