@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from iv3jax.checkpoint.load import LoadedModel
     from iv3jax.generate.ask import Answer
 
+_FILES = "texts (.txt, .md), conversations (.jsonl), pictures and videos like those the model is for"
+
 DEMO_MODEL = Path("runs/demo/model")
 """Where launch/demo.sh leaves the model it trains, below the checkout."""
 
@@ -75,6 +77,30 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--random-weights", action="store_true", help="allow a preset, with random weights")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
+    sub = command("convert", _convert, "Convert a model with grouped-query attention into one with M²LA.")
+    sub.add_argument("source", help="folder of a Qwen3-VL, Qwen3, Qwen2 or Llama model, or a hub id")
+    sub.add_argument("out_dir", help="a new or empty local folder")
+    sub.add_argument("--rank", type=int, help="of the latent; with a dynamic budget the layers' mean")
+    sub.add_argument(
+        "--cache-fraction",
+        type=float,
+        help="size of the cache against the source's, instead of --rank; beside it (dynamic) --rank is the "
+        "most of a layer",
+    )
+    sub.add_argument("--budget", default="uniform", help="uniform (default) or dynamic: ranks by layer")
+    sub.add_argument("--qk-norm", default="linear", help="linear (default), cached (kept exactly) or dropped")
+    sub.add_argument("--adapters", default="off", help="on: maps of the latent for text and for vision")
+    sub.add_argument("--calibration", nargs="+", action="extend", default=[], metavar="FILE", help=_FILES)
+    sub.add_argument("--method", default="iv3", help="iv3 (default), or to compare: transmla, care, svd")
+    sub.add_argument("--rope-dim", type=int, help="dims of the RoPE key (default: a head's, per component)")
+    sub.add_argument("--rope-components", type=int, default=1, help="of each frequency that keep RoPE")
+    sub.add_argument("--freqfold", type=int, help="frequencies treated as one (default: as --rope-dim asks)")
+    sub.add_argument("--tokens", type=int, default=65536, help="most tokens of calibration (default 65536)")
+    sub.add_argument("--length", type=int, default=1024, help="tokens of a calibration row (default 1024)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--restart", action="store_true", help="throw away what an unfinished run left")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
     sub = command("parity", _parity, "Compare a model folder, or the processing, with golden outputs.")
     sub.add_argument("model", nargs="?", help="model folder")
     sub.add_argument("cases", nargs="*", help="golden cases (.safetensors)")
@@ -94,11 +120,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the experiment to change")
 
     sub = command("bench", _bench, "Measure something, side by side with its control or peer.")
-    sub.add_argument("name", choices=["digits", "generate", "weights", "cache", "kernels", "tune", "export"])
-    sub.add_argument("--model", help="model folder (default: the model that launch/demo.sh trained)")
-    sub.add_argument("--samples", type=int, help="held-out videos per row (default: 500, weights 100)")
+    names = ["digits", "generate", "weights", "cache", "kernels", "tune", "export", "conversion"]
+    sub.add_argument("name", choices=names)
+    sub.add_argument(
+        "--model", help="model folder (default: what launch/demo.sh trained; conversion trains its own)"
+    )
+    sub.add_argument(
+        "--samples", type=int, help="held-out videos per row (default: 500 for digits, else 100)"
+    )
     sub.add_argument("--seed", type=int, default=1, help="which held-out videos (default 1)")
     sub.add_argument("--layers", type=int, default=4, help="export: decoder layers (default 4)")
+    sub.add_argument("--part", help="conversion: text (real weights) or video (tiny model); default both")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -208,6 +240,25 @@ def _export(args: argparse.Namespace) -> int:
     return int(failed)
 
 
+def _convert(args: argparse.Namespace) -> int:
+    from iv3jax.checkpoint.export import summary
+    from iv3jax.conversion.config import ConvertConfig
+    from iv3jax.conversion.convert import convert
+    from iv3jax.conversion.report import summary as report_summary
+    from iv3jax.conversion.report import to_json
+
+    if args.adapters not in ("on", "off"):
+        raise UserError(f"--adapters {args.adapters}: there are on, off")
+    names = {field.name for field in dataclasses.fields(ConvertConfig)} - {"adapters"}
+    config = ConvertConfig(adapters=args.adapters == "on", **{name: getattr(args, name) for name in names})
+    done = convert(args.source, args.out_dir, config, args.calibration, restart=args.restart)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(done.export) | {"report": json.loads(to_json(done.report))}))
+    else:
+        print(f"{report_summary(done.report)}\n\n{summary(done.export)}")
+    return 0
+
+
 def _parity(args: argparse.Namespace) -> int:
     from iv3jax.bench.parity import model_parity, processing_parity
 
@@ -264,12 +315,17 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from iv3jax.bench import cache, digits, export, generate, kernels, tune, weights
+    from iv3jax.bench import cache, conversion, digits, export, generate, kernels, tune, weights
 
     if args.name == "export":
         result = export.bench_export(args.layers)
         print(json.dumps(result) if args.json else export.format_table(result))
         return int(not result["passed"])
+    if args.name == "conversion":
+        samples = 100 if args.samples is None else args.samples
+        result = conversion.bench_conversion(args.part, args.model, samples, args.seed)
+        print(json.dumps(result) if args.json else conversion.format_table(result))
+        return 0
     if args.name == "generate":
         result = generate.bench_generate()
         print(json.dumps(result) if args.json else generate.format_table(result))

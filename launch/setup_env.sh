@@ -1,6 +1,7 @@
 # Makes and updates .venv in the checkout. demo.sh and test.sh source it; by hand: bash launch/setup_env.sh dev
 #
-#   source launch/setup_env.sh EXTRA      EXTRA: an extra of setup.cfg (demo, dev, export, tpu, cuda, chips)
+#   source launch/setup_env.sh EXTRA      EXTRA: an extra of setup.cfg (demo, dev, export, conversion, tpu,
+#                                        cuda, chips)
 #
 # Afterwards $PYTHON is the environment's interpreter. Nothing is installed when setup.cfg, the constraints
 # and Python are those of the last time. IV3_PYTHON=/path/to/python chooses the interpreter it is made with;
@@ -70,7 +71,7 @@ _setup() {
   kept=$(grep -s "^$fingerprint " "$stamp" || true)
   printf '%s' "${kept:+$kept$'\n'}" >"$stamp"
   _install
-  [ "$_extra" != dev ] || names="dev demo export" # what dev includes
+  [ "$_extra" != dev ] || names="dev demo export conversion" # what dev includes
   for name in $names; do echo "$fingerprint $name" >>"$stamp"; done
 }
 

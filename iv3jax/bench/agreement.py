@@ -37,11 +37,19 @@ class Observed(NamedTuple):
         texts: its greedy answers.
         log_probs: (n, vocab) fp32 of every next token that is text, over prompts with their true answers.
         answer: (n,) whether that token is an answer's.
+        true: (n,) which token it is.
     """
 
     texts: list[str]
     log_probs: np.ndarray
     answer: np.ndarray
+    true: np.ndarray
+
+    @property
+    def answer_loss(self) -> float:
+        """Mean −log p of the true answers' tokens, in nats."""
+        found = np.take_along_axis(self.log_probs, self.true[:, None], axis=-1)[:, 0]
+        return -float(found[self.answer].mean())
 
 
 def observe(model: LoadedModel, asked: Asked, cache_dtype: DType | None = None) -> Observed:
@@ -51,14 +59,16 @@ def observe(model: LoadedModel, asked: Asked, cache_dtype: DType | None = None) 
     )
     samples = [model.processor(conversation(video, [q], answered=True)) for video, q in asked]
     special = [model.config.image_token_id, model.config.video_token_id]
-    values, answer = [], []
+    values, answer, true = [], [], []
     for batch, count in batches(model, samples):
         ids, segments = np.asarray(batch.input_ids)[:count], np.asarray(batch.segment_ids)[:count]
+        following = np.roll(ids, -1, axis=1)
         text = np.zeros(ids.shape, bool)
         text[:, :-1] = (segments[:, 1:] != 0) & ~np.isin(ids[:, 1:], special)
         values.append(np.asarray(_forward(model.model, cache_dtype, model.params, batch))[:count][text])
         answer.append(np.asarray(batch.labels)[:count][text] != IGNORE_LABEL)
-    return Observed(texts, np.concatenate(values), np.concatenate(answer))
+        true.append(following[text])
+    return Observed(texts, *map(np.concatenate, (values, answer, true)))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -128,7 +128,15 @@ def load(
 
 
 def check_dtypes(files: TensorFiles, expected: Sequence[Tensor], dtype: DType | None) -> dict[str, str]:
-    """Refuses what no parameter can hold; returns the tensors to be widened, with their own dtypes."""
+    """Refuses what no parameter can hold; returns the tensors to be widened, with their own dtypes.
+
+    Args:
+        files: the checkpoint. expected: its tensors.
+        dtype: that all are cast to; None keeps each one's own.
+
+    Raises:
+        UserError: names the first tensor of a dtype that is not supported.
+    """
     allowed = KEPT if dtype is None else tuple(DTYPES)
     if wrong := [tensor.name for tensor in expected if files.dtype(tensor.name) not in allowed]:
         kind = files.dtype(wrong[0])
@@ -163,7 +171,11 @@ def _of_most_bytes(files: TensorFiles, expected: Sequence[Tensor]) -> DType:
 
 
 def check_tie(files: TensorFiles, expected: Sequence[Tensor]) -> None:
-    """A tied checkpoint may repeat its embeddings as a head; a head of its own would be lost silently."""
+    """A tied checkpoint may repeat its embeddings as a head; a head of its own would be lost silently.
+
+    Raises:
+        UserError: `lm_head.weight` differs from the embeddings.
+    """
     name = next(tensor.name for tensor in expected if tensor.path == ("embed_tokens", "embedding"))
     head, embedding = files.read("lm_head.weight"), files.read(name)
     if head.dtype != embedding.dtype or not np.array_equal(bits_of(head), bits_of(embedding)):

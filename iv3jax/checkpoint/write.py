@@ -200,5 +200,5 @@ class _Blocks:
 
 
 def natural(tensor: Tensor) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10."""
+    """The key that sorts tensors by name, layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in tensor.name.split(".")]

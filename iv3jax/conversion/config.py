@@ -1,6 +1,7 @@
 """What a conversion is asked for, and what follows from it before any weight is read."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from iv3jax.conversion.methods import method
@@ -17,9 +18,10 @@ class ConvertConfig:
     """One conversion.
 
     Attributes:
-        rank: of the latent in every layer; with a dynamic budget their mean. None: what `cache_fraction`
-            gives.
-        cache_fraction: numbers cached per token against the source's keys and values; instead of `rank`.
+        rank: of the latent in every layer; with a dynamic budget their mean, or beside `cache_fraction` the
+            most that a layer may get. None: what `cache_fraction` gives.
+        cache_fraction: numbers cached per token against the source's keys and values; instead of `rank`,
+            unless the budget is dynamic.
         budget: "uniform", or "dynamic": ranks by layer, where they save the most of the expected loss.
         rope_dim: `qk_rope_head_dim`; None is head_dim.
         rope_components: how many components of each frequency keep RoPE; as many as there are key heads,
@@ -51,10 +53,17 @@ class ConvertConfig:
         for name, value, known in (("budget", self.budget, BUDGETS), ("qk-norm", self.qk_norm, QK_NORMS)):
             if value not in known:
                 raise UserError(f"--{name} {value}: there are {', '.join(known)}")
-        if (self.rank is None) == (self.cache_fraction is None):
-            raise UserError("name either --rank or --cache-fraction")
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"--rank {self.rank}: must be 1 or more")
+        if self.rank is None and self.cache_fraction is None:
+            raise UserError("how small is the cache to be? name --rank or --cache-fraction")
+        if self.rank is not None and self.cache_fraction is not None and self.budget == "uniform":
+            raise UserError(
+                "--rank and --cache-fraction both say what every layer gets; name one of them, or give "
+                "--budget dynamic, where the fraction is the mean and the rank the most of a layer"
+            )
+        for name in ("rank", "rope_dim", "rope_components", "freqfold"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
         if self.cache_fraction is not None and not 0 < self.cache_fraction <= 1:
             raise UserError(f"--cache-fraction {self.cache_fraction}: must be above 0 and at most 1")
         if self.tokens < self.length or self.length < 2:
@@ -70,7 +79,8 @@ class Plan:
     Attributes:
         text: the source's decoder.
         layout: of the RoPE key's frequencies.
-        rope_dim: e. rank: r, the mean over layers. step: ranks of a dynamic budget are multiples of it.
+        rope_dim: e. rank: r, the mean over layers. limit: what was asked for as the most of a layer.
+        step: ranks of a dynamic budget are multiples of it.
         cached: whether norms stay and are cached.
     """
 
@@ -78,6 +88,7 @@ class Plan:
     layout: Layout
     rope_dim: int
     rank: int
+    limit: int | None
     step: int
     cached: bool
 
@@ -87,9 +98,22 @@ class Plan:
         return self.text.num_key_value_heads * self.text.head_dim - self.rope_dim
 
     @property
+    def unseen_mean(self) -> int:
+        """How many targets' means are the same for all keys, so nothing to the softmax: the content's.
+
+        Not where norms are cached: they scale what each key gives.
+        """
+        return 0 if self.cached else self.content
+
+    @property
     def largest(self) -> int:
         """The rank that leaves nothing out."""
         return self.content + self.text.num_key_value_heads * self.text.head_dim
+
+    @property
+    def most(self) -> int:
+        """The largest rank that a layer may get."""
+        return self.largest if self.limit is None else self.limit
 
 
 def plan(config: ConvertConfig, source: ModelConfig) -> Plan:
@@ -122,19 +146,25 @@ def plan(config: ConvertConfig, source: ModelConfig) -> Plan:
         assert config.rank is not None
         rank = config.rank
     else:
-        rank = int(config.cache_fraction * text.cache_width) - rope - extra
+        rank = math.floor(config.cache_fraction * text.cache_width + 1e-6) - rope - extra
         if rank < 1:
             least = (rope + extra + 1) / text.cache_width
             raise UserError(
                 f"--cache-fraction {config.cache_fraction}: the RoPE key alone takes {rope + extra} of the "
-                f"source's {text.cache_width} numbers per token and layer; ask for {least:.3f} or more, or a "
-                "smaller --rope-dim"
+                f"source's {text.cache_width} numbers per token and layer; ask for {least:.3f} or more"
             )
-    found = Plan(text, frequencies, rope, rank, _step(rank), cached)
-    if rank > found.largest:
+    both = config.rank is not None and config.cache_fraction is not None
+    found = Plan(text, frequencies, rope, rank, config.rank if both else None, _step(rank), cached)
+    for value in (rank, found.most):
+        if value > found.largest:
+            raise UserError(
+                f"rank {value}: the source has {found.largest} dims besides the RoPE key's {rope}; "
+                f"ask for {found.largest} or less"
+            )
+    if rank > found.most:
         raise UserError(
-            f"rank {rank}: the source has {found.largest} dims besides the RoPE key's {rope}; "
-            f"ask for {found.largest} or less"
+            f"--cache-fraction {config.cache_fraction}: is a mean rank of {rank}, above --rank {found.most}, "
+            "the most of a layer; ask for a smaller fraction or a larger rank"
         )
     return found
 
@@ -165,7 +195,7 @@ def converted_config(
         v_head_dim=text.head_dim,
         rope_components=found.rope_dim * stride // text.head_dim,
         latent_adapters=adapters,
-        mrope_section=None if section is None else tuple(s // stride for s in section),
+        mrope_section=section and (section[0] // stride, section[1] // stride, section[2] // stride),
     )
     return dataclasses.replace(source, model_type=target_type, text_config=new, source={})
 

@@ -5,16 +5,15 @@ latent.py.
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -37,9 +36,10 @@ from iv3jax.conversion.source import Source
 from iv3jax.conversion.split import split_layer
 from iv3jax.conversion.stream import Head
 from iv3jax.conversion.work import Work, save_arrays
+from iv3jax.models.batch import Batch
 from iv3jax.models.cache import init_cache
 from iv3jax.models.config import ModelConfig
-from iv3jax.paths import PathArgument, make_path
+from iv3jax.paths import PathArgument
 
 HELD_OUT = 8
 """One batch of so many is kept from all fits, for the perplexity before and after."""
@@ -106,7 +106,7 @@ def convert(
     with Work.open(out_dir, prints, restart) as work, _progress(what.text.num_hidden_layers) as say:
         work.require_space(_space(opened, what, calibration))
         stream = begin(opened, calibration, work)
-        run = Conversion(opened, config, what, stream, held_out(len(stream.batches)), work)
+        run = Conversion(opened, config, what, stream, _kept_aside(stream.batches), work)
         prepare(run, say)
         new, reports = convert_layers(run, say)
         before, after, tokens = _perplexities(run)
@@ -130,7 +130,7 @@ def convert(
         )
         files = {"conversion.json": to_json(report).encode(), "conversion.html": page(report).encode()}
         steps = [work.path(f"layer_{i}") for i in range(what.text.num_hidden_layers)]
-        done = assemble(opened, new, steps, Path(os.path.abspath(make_path(out_dir))), extra_files=files)
+        done = assemble(opened, new, steps, work.out, extra_files=files)
         work.remove()
     return Converted(done, report)
 
@@ -138,6 +138,14 @@ def convert(
 def held_out(batches: int) -> tuple[int, ...]:
     """The batches that no fit sees."""
     return tuple(range(HELD_OUT - 1, batches, HELD_OUT)) or ((batches - 1,) if batches > 1 else ())
+
+
+def _kept_aside(batches: Sequence[Batch]) -> tuple[int, ...]:
+    """`held_out`, or nothing where that would leave the fits no batch with vision, or none without."""
+    aside = held_out(len(batches))
+    kinds = [batch.patches is None for batch in batches]
+    left = {kind for i, kind in enumerate(kinds) if i not in aside}
+    return aside if left == set(kinds) else ()
 
 
 def rows_of(found: Plan, length: int) -> int:
@@ -214,7 +222,7 @@ def _space(source: Source, found: Plan, calibration: Calibration) -> int:
 
 @contextmanager
 def _progress(layers: int) -> Iterator[Say]:
-    """A bar on a terminal, else a line a step."""
+    """A bar on a terminal, else a line a step; on stderr, as stdout is for the result."""
     columns = (
         TextColumn("{task.description:8}"),
         BarColumn(),
@@ -222,17 +230,19 @@ def _progress(layers: int) -> Iterator[Say]:
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    if not sys.stdout.isatty():
+    if not sys.stderr.isatty():
         yield lambda stage, layer, note: print(
-            f"{stage:8} layer {layer + 1} of {layers} {note}".rstrip(), flush=True
+            f"{stage:8} layer {layer + 1} of {layers} {note}".rstrip(), file=sys.stderr, flush=True
         )
         return
-    with Progress(*columns) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, TaskID] = {}
 
         def say(stage: str, layer: int, note: str) -> None:
+            # Not one more than before: a run that goes on says nothing of the layers that are there.
+            done = layers - layer if stage == "metric" else layer + 1
             if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=layers, note="")
-            bar.update(tasks[stage], advance=1, note=note)
+                tasks[stage] = bar.add_task(stage, total=layers, completed=done, note=note)
+            bar.update(tasks[stage], completed=done, note=note)
 
         yield say

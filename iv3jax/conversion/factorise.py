@@ -49,10 +49,13 @@ def factorise(regression: Array, features: Array, metric: Array) -> Factors:
     δᵀ·metric·δ.
 
     Args:
-        regression: (y, f). features: (f, f), positive definite. metric: (y, y).
+        regression: (y, f). features: (f, f), of any rank. metric: (y, y).
     """
     root, inverse_root = square_roots(metric)
-    left, singular, _ = np.linalg.svd(root @ regression @ np.linalg.cholesky(features), full_matrices=False)
+    # Not Cholesky: the keys and values of a narrow model are linearly dependent, and fp32 sums not quite.
+    values, vectors = np.linalg.eigh(features)
+    spread = vectors * np.sqrt(np.maximum(values, 0))
+    left, singular, _ = np.linalg.svd(root @ regression @ spread, full_matrices=False)
     return Factors(regression, left, singular**2, root, inverse_root)
 
 
@@ -72,10 +75,12 @@ def ridge(cross: Array, features: Array, prior: Array, strength: float) -> Array
     """The map (y, f) of least squares, pulled towards a prior map.
 
     Args:
-        cross: E[y xᵀ]. features: E[x xᵀ]. strength: of the pull, as a share of the features' mean diagonal.
+        cross: E[y xᵀ]. features: E[x xᵀ]. strength: of the pull, as a share of each feature's own energy.
     """
-    level = strength * np.trace(features) / len(features)
-    return np.linalg.solve(features + level * np.eye(len(features)), (cross + level * prior).T).T
+    own = np.diag(features)
+    # What is always zero in the source keeps its prior.
+    level = strength * np.maximum(own, 1e-9 * own.mean())
+    return np.linalg.solve(features + np.diag(level), (cross + prior * level).T).T
 
 
 def adapters(cross: Array, features: Array, factors: Factors, rank: int, content: int) -> tuple[Array, Array]:
@@ -85,7 +90,7 @@ def adapters(cross: Array, features: Array, factors: Factors, rank: int, content
         cross: (2, y, f), E[y xᵀ] of text and of vision. features: (2, f, f), E[x xᵀ]; x's last is a
             constant 1.
         factors: that the latent is from. rank: of the latent.
-        content: how many of the targets are content, whose mean is taken out over both modalities.
+        content: how many targets, the first, have their mean over both modalities taken out.
 
     Returns:
         (2, r, r) and (2, r).

@@ -116,7 +116,7 @@ def _maps(
             query = measure.affine_fit(found.query, found.query_features, np.asarray(query), PULL)
     extra = None
     if run.config.adapters:
-        extra = adapters(split.targets() @ found.cross, found.features, factors, rank, run.plan.content)
+        extra = adapters(split.targets() @ found.cross, found.features, factors, rank, run.plan.unseen_mean)
     return Maps(None if query is None else np.asarray(query), rope, down, up, extra)
 
 

@@ -82,7 +82,11 @@ def sample(
     # Early queries see few keys and say little; padding says nothing.
     chosen = jax.random.randint(pick, (batch, queries), 1, tokens)
     at = jnp.take_along_axis(logits, chosen[:, None, :, None], axis=2)
-    drawn = jax.random.categorical(draw, at[..., None, :], shape=(*at.shape[:3], keys))
+    # By the inverse of the distribution function: one random number a draw instead of one a key.
+    below = jnp.cumsum(jax.nn.softmax(at, axis=-1), axis=-1)
+    level = jax.random.uniform(draw, (*at.shape[:3], keys)) * below[..., -1:]
+    drawn = jnp.sum(below[..., None, :] <= level[..., None], axis=-1)
+    drawn = jnp.minimum(drawn, chosen[:, None, :, None])
     real = jnp.take_along_axis(rows.segment_ids, chosen, axis=1) != 0
     target = jnp.take_along_axis(at, drawn, axis=-1) * d**0.5
     query = jnp.take_along_axis(p.query, chosen[:, :, None, None], axis=1)

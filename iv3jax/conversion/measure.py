@@ -100,12 +100,13 @@ def affine_fit(cross: np.ndarray, features: np.ndarray, prior: np.ndarray, stren
 
     Args:
         cross: (…, d, d+1), E[y x⁺ᵀ]. features: (…, d+1, d+1), E[x⁺ x⁺ᵀ].
-        prior: (…, d, d+1), towards which it is pulled. strength: of the pull, as a share of the mean
-            diagonal.
+        prior: (…, d, d+1), towards which it is pulled. strength: of the pull, as a share of each input's
+            own energy.
     """
-    size = features.shape[-1]
-    level = strength * np.trace(features, axis1=-2, axis2=-1)[..., None, None] / size
-    system = features + level * np.eye(size)
+    own = np.diagonal(features, axis1=-2, axis2=-1)[..., None, :]
+    # What is always zero in the source keeps its prior.
+    level = strength * np.maximum(own, 1e-9 * own.mean(axis=-1, keepdims=True))
+    system = features + level * np.eye(features.shape[-1])
     return np.swapaxes(np.linalg.solve(system, np.swapaxes(cross + level * prior, -1, -2)), -1, -2)
 
 

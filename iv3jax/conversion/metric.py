@@ -10,7 +10,7 @@ import numpy as np
 
 from iv3jax.conversion import measure, passes
 from iv3jax.conversion.budget import spend
-from iv3jax.conversion.factorise import Factors, damped, factorise
+from iv3jax.conversion.factorise import Factors, damped, factorise, ridge
 from iv3jax.conversion.layer import Split
 from iv3jax.conversion.run import Conversion, Say
 from iv3jax.conversion.split import split_of
@@ -83,14 +83,16 @@ def factors_of(run: Conversion, layer: int, found: measure.Moments, used: Array,
     wanted = split.targets()
     targets = wanted @ used
     metric = metric_of(run, layer, targets, features)
-    features = damped(features, run.method.damping + 1e-9)
+    damping = run.method.damping + 1e-9
     if not run.method.follow:
-        return factorise(targets, features, metric)
-    goal = wanted @ cross
-    # The same for all keys, so nothing to the softmax: no rank is spent on the content's mean.
-    content = run.plan.content
-    goal[:content] -= np.outer(goal[:content, -1], features[-1])
-    return factorise(np.linalg.solve(features, goal.T).T, features, metric)
+        return factorise(targets, damped(features, damping), metric)
+    # No rank is spent on a mean that makes no difference.
+    goal, content = wanted @ cross, run.plan.unseen_mean
+    mean = goal[:content, -1] / features[-1, -1]
+    goal[:content] -= np.outer(mean, features[-1])
+    targets[:content, -1] -= mean
+    # Pulled towards the source's own map, so that nothing is lost where nothing has to be.
+    return factorise(ridge(goal, features, targets, damping), damped(features, damping), metric)
 
 
 def ranks_of(run: Conversion) -> tuple[int, ...]:

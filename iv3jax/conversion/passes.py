@@ -57,13 +57,8 @@ class Parts(NamedTuple):
     value: Array
 
     @property
-    def key_value(self) -> Array:
-        """[keys ‖ values] (B, T, Z)."""
-        return jnp.concatenate([flat(self.key), flat(self.value)], axis=-1)
-
-    @property
     def raw_key_value(self) -> Array:
-        """The same of keys as k_proj gives them."""
+        """[keys as k_proj gives them ‖ values] (B, T, Z)."""
         return jnp.concatenate([flat(self.raw_key), flat(self.value)], axis=-1)
 
 

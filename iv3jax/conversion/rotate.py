@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from iv3jax.conversion.layer import Split
-from iv3jax.models.rope import mrope_axes
 
 Array = np.ndarray
 
@@ -51,8 +50,7 @@ def layout(
         sections: `mrope_section`, None for plain RoPE.
 
     Raises:
-        LayoutError: a width that does not divide, or whose frequencies stand for another axis than the
-            source's.
+        LayoutError: a width or a fold that does not divide, or frequencies to be folded under M-RoPE.
     """
     if head_dim * components % rope_dim:
         raise LayoutError(
@@ -64,18 +62,11 @@ def layout(
             f"freqfold {fold} must be a multiple of {stride} and divide a head's {head_dim // 2} frequencies"
         )
     turning = np.arange(0, head_dim // 2, stride)
-    if sections is not None and stride > 1:
-        part = tuple(s // stride for s in sections)
-        mine = mrope_axes(rope_dim // components, part)
-        if not np.array_equal(mine, mrope_axes(head_dim, sections)[turning]):
-            raise LayoutError(
-                f"qk_rope_head_dim {rope_dim}: with mrope_section {list(sections)} each {stride}th frequency "
-                "stands for another axis (time, height, width) than it would in the new model; take "
-                f"{head_dim} or {head_dim // 4}"
-            )
     if sections is not None and fold > 1:
         raise LayoutError(
-            "freqfold is for plain RoPE: under M-RoPE neighbouring frequencies turn by other axes"
+            f"qk_rope_head_dim {rope_dim} with freqfold {fold}: with mrope_section {list(sections)} "
+            "neighbouring frequencies turn by other axes and cannot be folded; take "
+            f"{head_dim * components} and 1"
         )
     per_component = len(turning)
     anchor = np.tile(turning, components)
@@ -84,14 +75,6 @@ def layout(
     kept = np.stack([pair[anchor // fold == group] for group in range(len(members))])
     assert kept.shape[1] * len(members) == per_component * components
     return Layout(members, kept, anchor)
-
-
-def grouped(x: Array, members: Array) -> Array:
-    """(…, heads, d) real → (…, groups, heads·fold) complex."""
-    half = x.shape[-1] // 2
-    z = x[..., :half] + 1j * x[..., half:]
-    z = np.moveaxis(z[..., members], -3, -2)
-    return z.reshape(*z.shape[:-2], -1)
 
 
 def complex_moments(moment: Array, heads: int, members: Array) -> Array:
@@ -125,11 +108,10 @@ def unitaries(moments: Array, weights: Array | None = None, real: bool = False) 
     return adjoint * weights[:, None], vectors / weights[..., None]
 
 
-def kept_energy(moments: Array, weights: Array | None, plan: Layout) -> Array:
-    """() the share of the keys' (weighted) energy that lies in the components which keep RoPE."""
-    weights = np.ones(moments.shape[:2]) if weights is None else weights
-    values = np.linalg.eigvalsh(weights[:, :, None] * moments * weights[:, None])[:, ::-1]
-    return np.asarray(values[:, : plan.kept.shape[1]].sum() / values.sum())
+def kept_energy(moments: Array, to: Array, plan: Layout) -> Array:
+    """() the share of the keys' (weighted) energy that lies in the components T·z which keep RoPE."""
+    energies = np.einsum("gij,gjk,gik->gi", to, moments, np.conj(to)).real
+    return np.asarray(energies[:, : plan.kept.shape[1]].sum() / energies.sum())
 
 
 def split(to: Array, back: Array, plan: Layout, heads: int, per_group: int, head_dim: int) -> Split:

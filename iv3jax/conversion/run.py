@@ -5,8 +5,9 @@ Every step is a folder of `work.Work`, so that a run that was stopped goes on af
     source_i    the calibration tokens' hidden states before the source's layer i
     split_i     which part of layer i's keys keeps RoPE, and what the calibration tokens say of it (split.py)
     metric_i    what an error of layer i's content and values costs, from the last layer to the first
-    (metric.py) layer_i     layer i converted: tensors, the tokens' hidden states after it, its line of the
-    report (latent.py)
+                (metric.py)
+    layer_i     layer i converted: tensors, the tokens' hidden states after it, its line of the report
+                (latent.py)
 """
 
 from collections.abc import Callable, Iterator
@@ -76,10 +77,10 @@ def begin(source: Source, calibration: Calibration, work: Work) -> Stream:
     """The tokens before the first layer, from the work folder if they are there."""
     if not work.done("source_0"):
         with work.step("source_0") as folder:
-            for b, (hidden, deepstack) in enumerate(embedded(source, calibration.batches)):
+            for b, (hidden, levels) in enumerate(embedded(source, calibration.batches)):
                 save_arrays(folder, {f"hidden_{b}": np.asarray(hidden, np.float32)})
-                if deepstack is not None:
-                    save_arrays(folder, {f"deepstack_{b}": deepstack})
+                if levels is not None:
+                    save_arrays(folder, {f"deepstack_{b}": levels})
     arrays = work.arrays("source_0")
     deepstack = tuple(arrays.get(f"deepstack_{b}") for b in range(len(calibration.batches)))
     return Stream(source.config, calibration.batches, deepstack)

@@ -39,14 +39,14 @@ def split_layer(run: Conversion, layer: int) -> dict[str, Array]:
     to, back = rotate.unitaries(covariance, weights, real=how.real_rotation)
     per_group = text.num_attention_heads // groups
     split = rotate.split(to, back, plan.layout, groups, per_group, d)
-    result: dict[str, Array] = {"rope_energy": rotate.kept_energy(covariance, weights, plan.layout)}
+    result: dict[str, Array] = {"rope_energy": rotate.kept_energy(covariance, to, plan.layout)}
     if how.fitted:
         split, missed = fit_logits(run, layer, params, hidden, used, split)
-        result["logit_error"] = np.float64(missed)
+        result["logit_error"] = np.asarray(missed)
     if key_residual is not None:
-        result["key_residual"] = np.float64(key_residual)
+        result["key_residual"] = np.asarray(key_residual)
     if query_residual is not None:
-        result["query_residual"] = np.float64(query_residual)
+        result["query_residual"] = np.asarray(query_residual)
     if query is not None:
         result["query"] = query
     return {

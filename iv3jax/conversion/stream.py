@@ -6,6 +6,7 @@ Hidden states live on the disk between layers (work.py); here they are batches o
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +67,8 @@ class Stream:
         return sum(int(np.sum(batch.segment_ids != 0)) for batch in self.batches)
 
 
-def spread(x: Array) -> Array:
-    """Arrays (rows, …) with their rows over all devices, where they divide."""
+def spread(x: Any) -> Any:
+    """A tree of arrays (rows, …) with their rows over all devices, where they divide."""
     devices = jax.devices()
     mesh = make_mesh(devices, data=len(devices), fsdp=1)
 

@@ -25,6 +25,7 @@ from iv3jax.paths import PathArgument, make_path
 FINGERPRINT = "fingerprint.json"
 _LOCK = "lock"
 _PART = ".part"
+_SUFFIX = ".converting"
 _BFLOAT16 = ".bfloat16"
 """Stands in the name of an array whose file holds the bits of bf16, a dtype that .npy has no word for."""
 
@@ -40,6 +41,11 @@ class Work:
     """
 
     folder: Path
+
+    @property
+    def out(self) -> Path:
+        """Where the finished model will be."""
+        return self.folder.with_name(self.folder.name.removesuffix(_SUFFIX))
 
     @staticmethod
     @contextmanager
@@ -64,7 +70,7 @@ class Work:
             raise UserError(f"{out}: convert to a local folder, then `iv3 export` it to the store")
         out = Path(os.path.abspath(out))
         refuse_taken(out)
-        work = Work(out.with_name(f"{out.name}.converting"))
+        work = Work(out.with_name(f"{out.name}{_SUFFIX}"))
         with _disk(work.folder):
             work.folder.mkdir(parents=True, exist_ok=True)
         with work._locked():

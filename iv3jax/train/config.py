@@ -46,7 +46,8 @@ class TrainConfig:
     """One supervised run.
 
     Attributes:
-        preset: the model's shape.
+        preset: the model's shape, unless `init` has one.
+        init: a model folder or hub id to go on from, its shape included; empty: random weights.
         steps: optimiser steps.
         rows, length: rows of a batch over all devices, and tokens of a row.
         chunks: temporal patches of a row.
@@ -55,6 +56,7 @@ class TrainConfig:
     """
 
     preset: str = "tiny"
+    init: str = ""
     steps: int = 600
     rows: int = 16
     length: int = 256

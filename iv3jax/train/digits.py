@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 import numpy as np
 
-from iv3jax.checkpoint.load import LoadedModel
+from iv3jax.checkpoint.load import LoadedModel, load
 from iv3jax.checkpoint.save import save
 from iv3jax.data.collate import collate
 from iv3jax.data.digits import Event, Task, ask_about, conversation, make_events, make_video, most_events
@@ -23,9 +24,19 @@ from iv3jax.train.loop import train
 
 
 def train_digits(config: TrainConfig, out: PathArgument) -> AnyPath:
-    """Trains a model on the digit task and writes it to OUT/model, which it returns."""
-    model = InternVideo3(preset(config.preset), Execution(remat=config.remat))
-    processor = Processor.from_dir(TINY_FOLDER, model.config)
+    """Trains a model on the digit task and writes it to OUT/model, which it returns.
+
+    Raises:
+        UserError: `load`'s for `config.init`, or a loss that is not finite.
+    """
+    run = Execution(remat=config.remat)
+    if config.init:
+        start = load(config.init, dtype=jnp.float32, run=run)
+        model, given, folder = start.model, start.params, start.folder
+    else:
+        model, given, folder = InternVideo3(preset(config.preset), run), None, TINY_FOLDER
+    assert folder is not None, "only presets have none"
+    processor = Processor.from_dir(folder, model.config)
 
     def batch_at(step: int) -> Batch:
         rng = np.random.default_rng([config.seed, step])
@@ -33,8 +44,9 @@ def train_digits(config: TrainConfig, out: PathArgument) -> AnyPath:
         rows = pack_rows(stream, config.rows, config.length, config.chunks)
         return collate(rows, model.config, length=config.length, chunks=config.chunks, chunk_patches=4)
 
-    params = train(model, config, batch_at, "training on handwritten numbers in video")
-    return save(LoadedModel(model, params, TINY_FOLDER, make_mesh()), make_path(out) / "model")
+    title = "training on handwritten numbers in video"
+    params = train(model, config, batch_at, title, params=given)
+    return save(LoadedModel(model, params, folder, make_mesh()), make_path(out) / "model")
 
 
 def samples(

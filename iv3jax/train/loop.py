@@ -37,13 +37,15 @@ def train(
     batch_at: Callable[[int], Batch],
     title: str,
     mesh: Mesh | None = None,
+    params: Params | None = None,
 ) -> Params:
-    """Trains a model from random weights.
+    """Trains a model.
 
     Args:
         batch_at: step → its batch, the same for the same step; called ahead, in a thread.
         title: what the progress line begins with.
         mesh: the devices to train on; None splits the rows of a batch over all there are.
+        params: where to start; None draws random ones.
 
     Returns:
         The parameters after the last step.
@@ -55,7 +57,12 @@ def train(
     if config.rows % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(f"rows {config.rows} is no multiple of the {parts} devices that share a batch")
     boxed = boxed_params(model)
-    params = init_params(model, jax.random.key(config.seed), param_shardings(boxed, mesh))
+    shardings = param_shardings(boxed, mesh)
+    if params is None:
+        params = init_params(model, jax.random.key(config.seed), shardings)
+    else:
+        # A copy: the steps overwrite their own in place.
+        params = jax.device_put(params, shardings, may_alias=False)
     optimizer = make_optimizer(config.optimizer, config.steps, boxed)
     state = jax.jit(optimizer.init)(params)
     update = jax.jit(partial(_step, model, optimizer), donate_argnums=(0, 1))

@@ -10,12 +10,13 @@ from jax.sharding import Mesh
 from iv3jax.checkpoint.load import load
 from iv3jax.errors import UserError
 from iv3jax.models.batch import Batch, fake_batch
-from iv3jax.models.internvideo3 import InternVideo3
+from iv3jax.models.internvideo3 import InternVideo3, boxed_params, init_params
 from iv3jax.models.presets import preset
-from iv3jax.sharding import make_mesh
+from iv3jax.sharding import make_mesh, param_shardings
 from iv3jax.train.config import TrainConfig, experiment
 from iv3jax.train.digits import train_digits
 from iv3jax.train.loop import supervised_loss, train
+from iv3jax.train.optimizer import OptimizerConfig
 
 TINY = InternVideo3(preset("tiny"))
 SMALL = TrainConfig(steps=30, rows=8, length=16)
@@ -65,6 +66,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(one_device: Mesh):
 
 
 @pytest.mark.medium
+def test_given_parameters_are_where_it_starts_and_stay_as_they_are(one_device: Mesh):
+    given = init_params(TINY, jax.random.key(7), param_shardings(boxed_params(TINY), one_device))
+    before = jax.device_get(given)
+    still = OptimizerConfig(learning_rate=0.0, adam_learning_rate=0.0)
+    params = train(TINY, replace(SMALL, steps=1, optimizer=still), one_batch, "test", one_device, given)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), before)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(given), before)
+
+
+@pytest.mark.medium
 def test_the_demo_experiment_runs_and_its_model_loads(tmp_path):
     folder = train_digits(experiment("digits:smoke"), tmp_path)
     # As `export` writes it, so that transformers loads it too.
@@ -79,3 +90,6 @@ def test_the_demo_experiment_runs_and_its_model_loads(tmp_path):
     loaded = load(folder)
     assert loaded.config == preset("tiny")
     assert loaded.processor.video_pixels == (1024, 4096)
+    # It goes on from there, wherever the shape is from.
+    more = replace(experiment("digits:smoke"), steps=1, preset="nothing", init=str(folder))
+    assert load(train_digits(more, tmp_path / "more")).config == loaded.config

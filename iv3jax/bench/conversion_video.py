@@ -1,0 +1,172 @@
+"""`iv3 bench conversion`, the tiny model: a Qwen3-VL-shaped model that reads numbers in videos, converted.
+
+The source has q/k norm and grouped keys, and is trained on the demo's task. Conversions see videos that are
+made like its training videos; they are judged on held-out clips and digit instances (bench/digits.py), by
+answers, and by the next-token distributions over the true answers.
+"""
+
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from iv3jax.bench.agreement import Observed, add_columns, agreement, cells, observe, questions
+from iv3jax.bench.cells import Cells
+from iv3jax.bench.table import as_text
+from iv3jax.checkpoint.load import load
+from iv3jax.conversion.calibration import Calibration, from_samples
+from iv3jax.conversion.config import ConvertConfig
+from iv3jax.conversion.convert import convert
+from iv3jax.conversion.source import Source
+from iv3jax.data.processor import Processor
+from iv3jax.models.cache import init_cache
+from iv3jax.models.config import ModelConfig
+from iv3jax.train.config import DigitsConfig, experiment
+from iv3jax.train.digits import samples, train_digits
+
+SAMPLES, LENGTH, ROWS = 160, 240, 4
+"""Of calibration: conversations about training videos, tokens of a row, rows of a batch."""
+
+PEERS = ("svd", "transmla", "care")
+FRACTIONS = (0.5, 0.375)
+RECOVERED = 0.5
+RECOVERY = ("optimizer.learning_rate=0.005", "optimizer.adam_learning_rate=0.0015")
+"""What differs from the demo's training in what follows a conversion."""
+
+
+def variants() -> dict[str, ConvertConfig]:
+    """Row → the conversion, by size; its cache is the size's, a cached norm's numbers included."""
+    base = ConvertConfig(cache_fraction=1.0, tokens=SAMPLES * LENGTH, length=LENGTH)
+    found: dict[str, ConvertConfig] = {}
+    for fraction in FRACTIONS:
+        size = replace(base, cache_fraction=fraction)
+        own = {
+            **{method: replace(size, method=method) for method in PEERS},
+            "transmla, norms dropped": replace(size, method="transmla", qk_norm="dropped"),
+            "iv3": size,
+            "iv3, norms dropped": replace(size, qk_norm="dropped"),
+            "iv3, norms cached": replace(size, qk_norm="cached"),
+            "iv3, adapters": replace(size, adapters=True),
+            "iv3, ranks by layer": replace(size, budget="dynamic"),
+        }
+        found |= {f"{fraction:.1%} {name}": config for name, config in own.items()}
+    wide = replace(base, cache_fraction=0.75)
+    found["75.0% iv3"] = wide
+    # Twice as wide a RoPE key, at the cost of the latent.
+    found["75.0% iv3, all keys keep RoPE"] = replace(wide, rope_components=2, rope_dim=64)
+    return found
+
+
+def bench_video(folder: Path, model: str | None, videos: int = 100, seed: int = 1) -> dict[str, Any]:
+    """Measures everything that `folder` does not hold yet.
+
+    Args:
+        folder: for the figures and the converted models.
+        model: the source's folder; None trains one into `folder`, in a few minutes.
+        videos: held-out questions of each task, the same ones for every row and for the same seed.
+
+    Raises:
+        UserError: `load`'s or `convert`'s, for the folder.
+    """
+    # Progress must not stand among what is printed as JSON.
+    with redirect_stdout(sys.stderr):
+        source = model or str(_trained(folder / "source"))
+        bench = _Bench(folder / f"video-{Source.open(source).fingerprint()[:8]}", source, videos, seed)
+        rows = [bench.row("source", bench.source)]
+        for name, config in variants().items():
+            rows.append(bench.row(name, bench.converted(name, config)))
+        start = bench.converted(f"{RECOVERED:.1%} iv3", variants()[f"{RECOVERED:.1%} iv3"])
+        for name, init in (("source", bench.source), (f"{RECOVERED:.1%} iv3", start)):
+            rows.append(bench.row(f"{name}, trained on", bench.trained_on(name, init)))
+    return {"videos": videos, "seed": seed, "recovery": list(RECOVERY), "rows": rows}
+
+
+def _trained(folder: Path) -> Path:
+    """A source of the demo's task and length."""
+    if not (folder / "model").is_dir():
+        train_digits(experiment("digits", ["preset=tiny_gqa"]), folder)
+    return folder / "model"
+
+
+@dataclass(frozen=True)
+class _Bench:
+    folder: Path
+    source: str
+    videos: int
+    seed: int
+
+    @cached_property
+    def _asked(self) -> Any:
+        return questions(self.videos, self.seed)
+
+    @cached_property
+    def _reference(self) -> Observed:
+        return observe(load(self.source), self._asked)
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        config = ModelConfig.from_file(Path(self.source))
+        stream = samples(
+            np.random.default_rng(5), Processor.from_dir(Path(self.source), config), DigitsConfig(), 1.0
+        )
+        return from_samples(list(islice(stream, SAMPLES)), config, length=LENGTH, rows=ROWS)
+
+    def converted(self, name: str, config: ConvertConfig) -> str:
+        """The folder of a conversion, made where it is missing."""
+        out = self._place(name)
+        if not out.exists():
+            convert(self.source, out, config, self._calibration)
+        return str(out)
+
+    def trained_on(self, name: str, init: str) -> str:
+        """The folder of what the demo's training makes of a model."""
+        out = self._place(f"{name}, trained on")
+        if not (out / "model").exists():
+            train_digits(experiment("digits", [*RECOVERY, f"init={init}"]), out)
+        return str(out / "model")
+
+    def _place(self, name: str) -> Path:
+        return self.folder / name.replace(",", "").replace("%", "").replace(" ", "-")
+
+    def row(self, name: str, folder: str) -> dict[str, Any]:
+        """A line of the table."""
+
+        def measure() -> dict[str, Any]:
+            seen = self._reference if folder == self.source else observe(load(folder), self._asked)
+            found = {"answer_loss": seen.answer_loss, "bytes_per_token": _cache_bytes(folder)}
+            return found | asdict(agreement(self._asked, self._reference, seen))
+
+        return {"name": name} | Cells(self.folder / f"{self.videos}-{self.seed}")(
+            name.replace("%", ""), measure
+        )
+
+
+def _cache_bytes(folder: str) -> int:
+    """Of one token over all layers, in bf16."""
+    text = ModelConfig.from_file(Path(folder)).text_config
+    return jax.eval_shape(partial(init_cache, text, 1, 1, jnp.bfloat16, False)).nbytes
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """The rows as a table for people."""
+    table = Table(
+        title=f"conversions of a tiny model with q/k norm, {result['videos']} held-out videos a task",
+        caption=f"trained on: the demo's training from there, with {', '.join(result['recovery'])}",
+    )
+    table.add_column("model")
+    table.add_column("cache", justify="right")
+    table.add_column("answers' −log p", justify="right")
+    add_columns(table)
+    whole = result["rows"][0]["bytes_per_token"]
+    for row in result["rows"]:
+        share = f"{row['bytes_per_token'] / whole:.1%}"
+        table.add_row(row["name"], share, f"{row['answer_loss']:.3f}", *cells(row))
+    return as_text(table, 185)

@@ -1,0 +1,102 @@
+"""The conversion bench's own parts on a tiny random model: shared steps, cut ranks, distillation, tables."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models.peers import even_config, random_tensors, write_folder
+
+from iv3jax.bench import conversion_text as text
+from iv3jax.bench.cells import Cells
+from iv3jax.bench.conversion_lab import Lab, distill_layer, load_source, make, model_of, rope_step
+from iv3jax.bench.perplexity import log_perplexity
+from iv3jax.checkpoint.load import load
+from iv3jax.conversion.calibration import from_samples, text_sample
+from iv3jax.conversion.config import ConvertConfig
+from iv3jax.conversion.convert import convert
+from iv3jax.conversion.source import Source
+from iv3jax.models.config import ModelConfig
+
+GQA = even_config("gqa", hidden_size=96, mrope_section=None, use_qk_norm=False, num_hidden_layers=2)
+CONFIG = ModelConfig("llama", GQA.text_config)
+IDS = np.random.default_rng(5).integers(0, 90, (16, 32)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("model") / "source", CONFIG, random_tensors(CONFIG))
+
+
+def lab_of(folder: Path, place: Path) -> Lab:
+    source = Source.open(folder)
+    rows = list(map(text_sample, IDS))
+    return Lab(source, from_samples(rows, source.config, length=32, rows=4), place)
+
+
+@pytest.mark.parametrize("method", ["transmla", "care", "iv3"])
+def test_what_is_made_is_what_convert_writes(folder: Path, tmp_path: Path, method: str, monkeypatch):
+    # The bench holds nothing out.
+    monkeypatch.setattr("iv3jax.conversion.convert.held_out", lambda batches: ())
+    lab = lab_of(folder, tmp_path / "lab")
+    e = CONFIG.text_config.head_dim
+    config = ConvertConfig(rank=12, method=method, rope_dim=e, freqfold=1, tokens=512, length=32)
+    convert(folder, tmp_path / "written", config, lab.calibration)
+    wanted = log_perplexity(load(tmp_path / "written"), IDS)
+    with lab.prepared(method, e, 1) as run:
+        made = make(run, 12)
+    assert made.ranks == (12, 12)
+    np.testing.assert_allclose(log_perplexity(model_of(made, load_source(folder)), IDS), wanted, rtol=1e-5)
+
+
+def test_steps_are_shared_and_only_ours_are_fitted_to_logits(folder: Path, tmp_path: Path):
+    lab, e = lab_of(folder, tmp_path), CONFIG.text_config.head_dim
+    found = {}
+    for method in ("transmla", "care", "iv3"):
+        with lab.prepared(method, e, 1) as run:
+            assert (run.work.folder / "source_1").is_symlink()
+            assert (run.work.folder / "split_0").is_symlink() == (method == "care")
+            found[method] = rope_step(run)
+    source = load_source(folder)
+    losses = {m: log_perplexity(model_of(made, source), IDS) for m, made in found.items()}
+    assert losses["transmla"] == losses["care"] != losses["iv3"]
+
+
+@pytest.mark.parametrize("method", ["transmla", "iv3"])
+def test_distillation_brings_a_layer_nearer_to_the_source(folder: Path, tmp_path: Path, method: str):
+    lab = lab_of(folder, tmp_path)
+    with lab.prepared(method, CONFIG.text_config.head_dim, 1) as run:
+        made = make(run, 8)
+        params, missed = distill_layer(made, 1, steps=24, rate=1e-2)
+    assert np.mean(missed[-4:]) < 0.9 * np.mean(missed[:4])
+    for name, value in made.attention[1]["kv_b_proj"].items():
+        assert params["kv_b_proj"][name].shape == value.shape
+
+
+def test_lines_of_the_table():
+    layouts = {(m, s): (64, 2) for m in text.METHODS for s in text.SIZES}
+    found = text.points(layouts)
+    assert len({replace(p, row="") for p in found}) == len(found) == 4 * 5 + 2 * 2
+    rows = [
+        {**vars(p), "excess": {"a": 0.5 if p.method == "iv3" else 1.0}, "standard_error": {"a": 0.01}}
+        for p in found
+    ]
+    made = text.with_ratios(rows)
+    assert all(r["ratio"]["a"] == (0.5 if r["method"] == "iv3" else 1.0) for r in made)
+    result = dict(source={"a": 3.6}, calibration_tokens=512, rows=made)
+    shown = text.format_table(result | {"distillation": dict(steps=60, tokens=600, learning_rate=1e-3)})
+    assert "iv3, ranks by layer" in shown and "0.500 ±0.010" in shown
+
+
+def test_excess_is_paired():
+    source = np.array([1.0, 5.0, 9.0])
+    mean, error = text.excess(source + np.array([0.1, 0.2, 0.3]), source)
+    assert mean == pytest.approx(0.2) and error == pytest.approx(0.1 / 3**0.5)
+
+
+def test_finished_cells_are_not_measured_again(tmp_path: Path):
+    def never() -> None:
+        raise AssertionError
+
+    assert Cells(tmp_path)("a", lambda: [1.5]) == [1.5]
+    assert Cells(tmp_path)("a", never) == [1.5]
