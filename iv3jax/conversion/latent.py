@@ -152,7 +152,7 @@ class _Output:
     def error(self, kernel: Array) -> float:
         """E|y − O·x|² / E|y|²."""
         o = np.asarray(kernel, np.float64).reshape(self.cross.shape)
-        squared = np.einsum("dx,xz,dz->", o, self.features, o)
+        squared = np.sum((o @ self.features) * o)
         return float(max(0.0, self.energy - 2 * np.sum(o * self.cross) + squared) / max(self.energy, 1e-300))
 
 

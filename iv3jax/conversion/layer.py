@@ -134,8 +134,9 @@ def assemble(layer: GQALayer, split: Split, maps: Maps, attention: Params) -> di
     # The new logits are divided by sqrt(n+e), the old ones were by sqrt(d) (step 7); n = d.
     expand = np.concatenate([np.broadcast_to(np.eye(d), (heads, d, d)), split.query_rope], axis=1)
     expand = np.sqrt((d + e) / d) * expand
+    maps = _evened(layer, split, maps)
     inner = np.concatenate([maps.down, maps.rope])
-    up_key = np.einsum("hdc,cr->hdr", split.content_up, maps.up[:content])
+    up_key = split.content_up @ maps.up[:content]
     up_value = maps.up[content:].reshape(layer.groups, d, -1).repeat(heads // layer.groups, axis=0)
     made: dict[str, Any] = {
         "kv_a_proj_with_mqa": {
@@ -150,9 +151,28 @@ def assemble(layer: GQALayer, split: Split, maps: Maps, attention: Params) -> di
         made["q_expand"] = {"kernel": expand}
         made["k_norm_proj"] = {"kernel": attention["k_proj"]["kernel"]}
     else:
-        query = np.einsum("hkd,hdl->hkl", expand, maps.query)
-        bias = np.einsum("hkd,hd->hk", query[..., :-1], layer.query_bias) + query[..., -1]
-        made["q_proj"] = {"kernel": np.einsum("hkd,hdw->hkw", query[..., :-1], layer.query), "bias": bias}
+        query = expand @ maps.query
+        bias = (query[..., :-1] @ layer.query_bias[..., None])[..., 0] + query[..., -1]
+        made["q_proj"] = {"kernel": query[..., :-1] @ layer.query, "bias": bias}
     if maps.adapters is not None:
         made["kv_adapters"] = dict(zip(("kernel", "bias"), maps.adapters, strict=True))
     return made
+
+
+def _evened(layer: GQALayer, split: Split, maps: Maps) -> Maps:
+    """The same function, each number of the latent scaled so that what makes it is as large as what reads it.
+
+    The metric leaves latents of any size; training would not move such a pair of matrices alike.
+    """
+    content = len(split.to_content)
+    made = np.linalg.norm(maps.down[:, :-1] @ layer.key_value, axis=1)
+    per_group = len(layer.query) // layer.groups
+    read = np.sum((split.content_up @ maps.up[:content]) ** 2, axis=(0, 1))
+    read = np.sqrt(read + per_group * np.sum(maps.up[content:] ** 2, axis=0))
+    tiny = np.finfo(np.float64).tiny
+    usable = (made > tiny) & (read > tiny)
+    size = np.where(usable, np.sqrt(np.maximum(read, tiny) / np.maximum(made, tiny)), 1.0)
+    adapters = maps.adapters
+    if adapters is not None:
+        adapters = adapters[0] * size[:, None] / size, adapters[1] * size
+    return replace(maps, down=maps.down * size[:, None], up=maps.up / size, adapters=adapters)

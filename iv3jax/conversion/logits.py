@@ -142,6 +142,8 @@ def fitted(start: Split, samples: Samples, index: tuple[np.ndarray, ...], ridge:
     moment = np.asarray(samples.moment, np.float64)
     first = coefficients(start, index)
     level = ridge * np.trace(moment, axis1=1, axis2=2)[:, None, None] / moment.shape[-1]
+    # A head whose queries are all zero keeps its start.
+    level = np.maximum(level, np.finfo(np.float64).tiny)
     eye = level * np.eye(moment.shape[-1])
     goal = np.asarray(samples.target, np.float64) + level[..., 0] * first
     solved = np.linalg.solve(moment + eye, goal[..., None])[..., 0]

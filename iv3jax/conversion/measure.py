@@ -112,8 +112,8 @@ def affine_fit(cross: np.ndarray, features: np.ndarray, prior: np.ndarray, stren
 
 def residual(fit: np.ndarray, cross: np.ndarray, features: np.ndarray, energy: np.ndarray) -> float:
     """Share of the energy that fits miss, over all heads: Σ E|y − M x|² / Σ E|y|²."""
-    predicted = np.einsum("hkx,hkx->", fit, cross)
-    squared = np.einsum("hkx,hxz,hkz->", fit, features, fit)
+    predicted = np.sum(fit * cross)
+    squared = np.sum((fit @ features) * fit)
     return float(max(0.0, (energy.sum() - 2 * predicted + squared) / energy.sum()))
 
 

@@ -72,7 +72,7 @@ def metric_of(run: Conversion, layer: int, targets: Array, features: Array) -> A
     size, content = len(targets), run.plan.content
     if run.method.metric == "plain":
         return np.eye(size)
-    norms = np.sqrt(np.einsum("yx,xz,yz->y", targets, features, targets))
+    norms = np.sqrt(np.sum((targets @ features) * targets, axis=1))
     ratio = norms[:content].mean() / norms[content:].mean()
     return np.diag(np.where(np.arange(size) < content, ratio**-2.0, 1.0))
 
@@ -106,4 +106,4 @@ def ranks_of(run: Conversion) -> tuple[int, ...]:
         found = measure.Moments(arrays["features"], arrays["cross"], *[None] * 4)
         factors = factors_of(run, i, found, np.asarray(arrays["used"]), split_of(arrays))
         spectra.append(factors.energies)
-    return spend(spectra, run.plan.rank * layers, run.plan.step, run.plan.largest)
+    return spend(spectra, run.plan.rank * layers, run.plan.step, run.plan.most)

@@ -46,6 +46,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, boxed: Params) -> optax.
     def dimensions(path: tuple, box: nn.LogicallyPartitioned) -> contrib.MuonDimensionNumbers | None:
         if path[-1].key != "kernel" or "lm_head" in (p.key for p in path):
             return None
+        if {"q_expand", "kv_adapters"} & {p.key for p in path}:
+            # A matrix for each head or modality.
+            return contrib.MuonDimensionNumbers(len(box.names) - 1, len(box.names) - 2)
         first = int(box.names[0] == "layers")
         # Inputs come last; only those of an output projection are two axes, heads and their dims.
         inputs = len(box.names) - (2 if box.names[-1] == "head_dim" else 1)

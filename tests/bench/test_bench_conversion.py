@@ -8,15 +8,19 @@ import pytest
 from models.peers import even_config, random_tensors, write_folder
 
 from iv3jax.bench import conversion_text as text
+from iv3jax.bench import conversion_video as video
 from iv3jax.bench.cells import Cells
+from iv3jax.bench.conversion import bench_conversion, format_table
 from iv3jax.bench.conversion_lab import Lab, distill_layer, load_source, make, model_of, rope_step
 from iv3jax.bench.perplexity import log_perplexity
 from iv3jax.checkpoint.load import load
 from iv3jax.conversion.calibration import from_samples, text_sample
-from iv3jax.conversion.config import ConvertConfig
+from iv3jax.conversion.config import ConvertConfig, plan
 from iv3jax.conversion.convert import convert
 from iv3jax.conversion.source import Source
+from iv3jax.errors import UserError
 from iv3jax.models.config import ModelConfig
+from iv3jax.models.presets import preset
 
 GQA = even_config("gqa", hidden_size=96, mrope_section=None, use_qk_norm=False, num_hidden_layers=2)
 CONFIG = ModelConfig("llama", GQA.text_config)
@@ -100,3 +104,20 @@ def test_finished_cells_are_not_measured_again(tmp_path: Path):
 
     assert Cells(tmp_path)("a", lambda: [1.5]) == [1.5]
     assert Cells(tmp_path)("a", never) == [1.5]
+
+
+def test_video_conversions_fill_the_cache_that_they_name():
+    source = preset("tiny_gqa")
+    for name, config in video.variants().items():
+        found = plan(config, source)
+        extra = 4 if config.qk_norm == "cached" else 0
+        assert f"{(found.rank + found.rope_dim + extra) / 128:.1%} " == f"{name.split()[0]} "
+
+
+def test_parts_and_their_tables():
+    row = dict(answer_kl=0.1, answer_top1=0.9, text_kl=0.2, text_top1=0.8, same_answers=0.5)
+    row |= dict(name="source", bytes_per_token=768, answer_loss=0.25, scores=dict(a=1.0, b=1.0, c=0.5, d=0.5))
+    shown = format_table({"video": dict(videos=4, recovery=["steps=2"], rows=[row])})
+    assert "source" in shown and "0.250" in shown and "steps=2" in shown
+    with pytest.raises(UserError, match="there are text, video"):
+        bench_conversion("sound")

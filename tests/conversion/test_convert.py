@@ -159,11 +159,13 @@ def test_every_method_makes_a_model(folders, tmp_path, name, asked):
 
 @pytest.mark.medium
 def test_heads_that_are_zero(tmp_path):
-    """A key head, a value and a query that pruning has taken out leave nothing singular."""
+    """A key head, its values and some of its queries that pruning has taken out leave nothing singular."""
     values = random_tensors(VISION)
     for name, value in values.items():
-        if name.endswith(("k_proj.weight", "v_proj.weight", "q_proj.weight")) and "self_attn" in name:
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
             value[:8] = 0
+        elif name.endswith("self_attn.q_proj.weight"):
+            value[:4] = 0
     folder = write_folder(tmp_path / "vision", VISION, values)
     done = converted({"vision": folder}, "vision", tmp_path / "out", rank=16, adapters=True)
     assert all(layer.output_error < 0.5 for layer in done.report.layers)
