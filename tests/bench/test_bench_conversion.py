@@ -22,6 +22,8 @@ from iv3jax.errors import UserError
 from iv3jax.models.config import ModelConfig
 from iv3jax.models.presets import preset
 
+pytestmark = pytest.mark.medium
+
 GQA = even_config("gqa", hidden_size=96, mrope_section=None, use_qk_norm=False, num_hidden_layers=2)
 CONFIG = ModelConfig("llama", GQA.text_config)
 IDS = np.random.default_rng(5).integers(0, 90, (16, 32)).astype(np.int32)

@@ -94,7 +94,7 @@ def torch_model(folder: Path, auto: str = "AutoModelForCausalLM", **options):
 
 @pytest.fixture(
     scope="module",
-    params=["all", "text alone", *(pytest.param(name, marks=pytest.mark.medium) for name in FEATURES)],
+    params=["all", "text alone", *(pytest.param(name, marks=pytest.mark.slow) for name in FEATURES)],
 )
 def pair(request, tmp_path_factory):
     """Ours, and its export in torch."""

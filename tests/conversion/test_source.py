@@ -20,6 +20,8 @@ from iv3jax.models.layers import RMSNorm
 from iv3jax.models.rope import decoder_rope
 from iv3jax.models.vision import VisionTower
 
+pytestmark = pytest.mark.medium
+
 CONFIG = even_config("gqa")
 TEXT_ONLY = ModelConfig("llama", replace(CONFIG.text_config, mrope_section=None, use_qk_norm=False))
 TIED = replace(TEXT_ONLY, text_config=replace(TEXT_ONLY.text_config, tie_word_embeddings=True))

@@ -7,28 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iv3jax.models.internvideo3 import InternVideo3, boxed_params, init_params
+from iv3jax.models.internvideo3 import InternVideo3, boxed_params
 from iv3jax.models.presets import preset
+from iv3jax.sharding import unbox
 from iv3jax.train.optimizer import OptimizerConfig, make_optimizer
 
 
 @pytest.fixture(scope="module")
 def updates() -> dict:
-    """The first update of a model with cached norms and adapters, for random gradients."""
+    """The first update of attention with cached norms and adapters, for random gradients."""
     tiny = preset("tiny")
     text = dataclasses.replace(
         tiny.text_config, use_qk_norm=True, latent_adapters=True, kv_lora_rank=24, num_hidden_layers=2
     )
     model = InternVideo3(dataclasses.replace(tiny, text_config=text))
-    params = init_params(model, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    drawn = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    optimizer = make_optimizer(OptimizerConfig(warmup=0.0), 10, boxed_params(model))
-    found, _ = jax.jit(optimizer.update)(
-        jax.tree.unflatten(tree, drawn), jax.jit(optimizer.init)(params), params
-    )
-    return found["language_model"]["layers"]["self_attn"]
+    boxed = boxed_params(model)["language_model"]["layers"]["self_attn"]
+    leaves, tree = jax.tree.flatten(unbox(boxed))
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.unflatten(tree, [jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in leaves])
+    optimizer = make_optimizer(OptimizerConfig(warmup=0.0), 10, boxed)
+    found, _ = jax.jit(optimizer.update)(drawn, jax.jit(optimizer.init)(drawn), drawn)
+    return found
 
 
 @pytest.mark.parametrize(
