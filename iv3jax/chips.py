@@ -1,12 +1,15 @@
-"""Chips that are not here: programs compiled for a v5e, v5p or H100 on any machine.
+"""Chips that are not here: programs compiled for a v5e, v5p or H100 on any machine, and what these chips can do.
 
-Needs the `chips` extra (libtpu and the CUDA plugin; no driver). What comes out is the real program for that
-chip with its real memory use, and one that does not fit is refused by the compiler; nothing is run.
+Compiling needs the `chips` extra (libtpu and the CUDA plugin; no driver). What comes out is the real program
+for that chip with its real memory use, and one that does not fit is refused by the compiler; nothing is run.
 """
 
 import importlib.util
+import math
 import os
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,6 +20,112 @@ from iv3jax.errors import UserError
 from kernels_pallas.choice import Chip, target
 
 CHIPS = {"v5e": Chip("tpu", "v5e"), "v5p": Chip("tpu", "v5p"), "h100": Chip("gpu", "h100")}
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a chip can do at most, by its maker's word. No time is ever measured with these.
+
+    Attributes:
+        flops: bf16 products, FLOP/s, without sparsity.
+        memory_bandwidth: bytes/s.
+        network: bytes/s that a chip receives from its neighbours, all links together.
+        memory: bytes a program may use: on a TPU where its compiler refuses, on a GPU 0.95 of the device's.
+    """
+
+    flops: float
+    memory_bandwidth: float
+    network: float
+    memory: int
+
+
+PEAKS = {
+    # cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 819 GB/s, links of 1 600 Gbit/s a chip.
+    "v5e": Peak(197e12, 819e9, 200e9, round(15.75 * GIB)),
+    # cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 2 765 GB/s, links of 4 800 Gbit/s a chip.
+    "v5p": Peak(459e12, 2765e9, 600e9, round(95.74 * GIB)),
+    # NVIDIA's data sheet of the H100 SXM: 989 TFLOP/s dense, 3.35 TB/s, NVLink 900 GB/s both ways.
+    "h100": Peak(989e12, 3.35e12, 450e9, round(0.95 * 84942979072)),
+}
+
+NODE = 8
+"""H100s of one machine, which NVLink joins."""
+
+NODE_NETWORK = 400e9
+"""Bytes/s that such a machine receives: eight adapters of 400 Gbit/s, as in NVIDIA's DGX H100."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Chips that are wired to each other.
+
+    Attributes:
+        name: as people say it; a v5p is counted in cores, two a chip.
+        chip: a key of CHIPS.
+        shape: chips of a slice along each axis, "4x4x4"; machines and GPUs for H100s.
+        slices: how many there are, joined by the data centre's network.
+    """
+
+    name: str
+    chip: str
+    shape: str
+    slices: int = 1
+
+    @property
+    def count(self) -> int:
+        """All chips."""
+        return self.slices * math.prod(int(n) for n in self.shape.split("x"))
+
+    @property
+    def network(self) -> float:
+        """Bytes/s that a chip receives at most: on several H100 machines the machine's adapters are shared, but
+        what all its GPUs need enters once."""
+        peak = PEAKS[self.chip].network
+        return min(peak, NODE_NETWORK) if self.chip == "h100" and self.count > NODE else peak
+
+
+_SHAPES = {
+    # Sides as Google Cloud has them; a torus from 16x16 (v5e) and from 4x4x4 (v5p) on.
+    "v5e": {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    "v5p": {
+        8: "2x2x1",
+        16: "2x2x2",
+        32: "2x2x4",
+        64: "2x4x4",
+        128: "4x4x4",
+        256: "4x4x8",
+        512: "4x8x8",
+        1024: "8x8x8",
+    },
+    "h100": {1: "1x1x1", 8: "1x1x8", 16: "1x2x8", 32: "1x4x8", 64: "1x8x8", 128: "1x16x8"},
+}
+TOPOLOGIES = {
+    name: Topology(name, chip, shape)
+    for chip, shapes in _SHAPES.items()
+    for count, shape in shapes.items()
+    for name in [f"h100x{count}" if chip == "h100" else f"{chip}-{count}"]
+}
+"""Name → what it is; `2*NAME` is two slices of it."""
+
+
+def topology(name: str) -> Topology:
+    """The topology of that name, `v5p-128`, or of several slices, `2*v5p-128`.
+
+    Raises:
+        UserError: there is none.
+    """
+    slices, sign, one = name.partition("*")
+    if not sign:
+        slices, one = "1", name
+    if one not in TOPOLOGIES or not slices.isdigit() or not int(slices):
+        raise UserError(f"topology {name!r} is unknown; there are {', '.join(TOPOLOGIES)}, and 2*NAME for two slices")
+    known = TOPOLOGIES[one]
+    if int(slices) > 1 and known.chip == "h100":
+        raise UserError(f"topology {name!r}: H100s are not in slices; take h100x{known.count * int(slices)}")
+    return Topology(name, known.chip, known.shape, int(slices))
+
 
 _TPU_ENVIRONMENT = {
     # Without these libtpu asks the cloud's metadata server what machine this is.
@@ -39,12 +148,13 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def devices(chip: str, topology: str | None = None) -> Sequence[Any]:
+def devices(chip: str, topology: str | None = None, slices: int = 1) -> Sequence[Any]:
     """Devices that programs can be compiled for, and nothing run on.
 
     Args:
         chip: a key of CHIPS.
         topology: "4x4" chips of a v5e, "2x2x1" of a v5p, "1x1x8" H100s; None is the smallest.
+        slices: of a TPU, so many of that topology.
 
     Raises:
         UserError: an unknown chip or topology, or a package is missing.
@@ -62,20 +172,35 @@ def devices(chip: str, topology: str | None = None) -> Sequence[Any]:
             return found.devices
         for name, value in _TPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        name, config, bounds = {
-            "v5e": (f"v5e:{topology or '2x2'}", "default", (2, 2, 1)),
-            "v5p": (f"v5:{topology or '2x2x1'}", "megacore", (2, 2, 1)),
+        name, config, wrap = {
+            "v5e": (f"v5e:{topology or '2x2'}", "default", (topology == "16x16",) * 2 + (False,)),
+            "v5p": (f"v5:{topology or '2x2x1'}", "megacore", _closed(topology or "2x2x1")),
         }[chip]
         found = topologies.get_topology_desc(
             platform="tpu",
             topology_name=name,
             chip_config_name=config,
-            chips_per_host_bounds=bounds,
-            num_slices=1,
+            chips_per_host_bounds=(2, 2, 1),
+            num_slices=slices,
+            wrap=wrap,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{chip} chips as {topology}: {str(error).splitlines()[0]}") from error
     return found.devices
+
+
+def _closed(shape: str) -> tuple[bool, ...]:
+    """Which axes of a v5p's slice are rings: all where every side is a multiple of 4."""
+    sides = [int(n) for n in shape.split("x")]
+    return (all(side % 4 == 0 for side in sides),) * 3
+
+
+def refusal_bytes(text: str) -> int | None:
+    """The bytes a program needs, from the error of a TPU's compiler that refuses it for its memory; else None."""
+    match = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", text)
+    if match is None:
+        return None
+    return round(float(match[1]) * (1 << {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]]))
 
 
 def compile_on(chip: str, mesh: Mesh, function: Callable[..., Any], shardings: Any, *shapes: Any) -> Any:

@@ -1,7 +1,8 @@
 """Meshes and the one table that maps logical axes to mesh axes. Models name logical axes only.
 
 Mesh axes: `data` (replicas), `fsdp` (weights gathered per layer, batch split), `context` (the sequence
-split), `tensor` (heads, hidden units and vocabulary split).
+split, and weights as over fsdp), `tensor` (heads, hidden units and vocabulary split). Where the devices are of
+several slices, joined by a slower network, `data` goes over the slices.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from iv3jax.errors import UserError
@@ -21,7 +23,8 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     # weights
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
+    "rank": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
@@ -46,12 +49,18 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 """Logical axis → the mesh axes that split it."""
 
+WHERE_IT_DIVIDES = {"embed": ("context",), "rank": ("fsdp", "context")}
+"""Mesh axes that split a weight only where they divide it, elsewhere each device has that part of it."""
+
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
     """A mesh over `devices` (default: all). Axes not named get size 1; `fsdp` takes what is left.
 
+    Neighbours on an axis are neighbours in the network as far as a pod's shape allows.
+
     Raises:
-        UserError: an unknown axis, a size below 1, or sizes that do not multiply to the number of devices.
+        UserError: an unknown axis, a size below 1, sizes that do not multiply to the number of devices, or
+            several slices that `data` is no multiple of.
     """
     devices = list(jax.devices() if devices is None else devices)
     if unknown := set(sizes) - set(MESH_AXES):
@@ -65,7 +74,17 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     if named != len(devices):
         raise UserError(f"a mesh of {sizes} needs {named} devices, but there are {len(devices)}")
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise UserError(f"mesh axis 'data' has size {shape[0]}; over {slices} slices it must be a multiple of that")
+    if slices > 1:
+        inside = (shape[0] // slices, *shape[1:])
+        places = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(places, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def partition_spec(names: Sequence[str | None], mesh_axes: Sequence[str] = MESH_AXES) -> PartitionSpec:
@@ -94,14 +113,32 @@ def constrain(x: Array, *names: str | None) -> Array:
     what it is, and a prompt of one row must run on a mesh meant for many.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    left = _auto_axes(mesh)
+    if not left:
         return x
     if len(names) != x.ndim:
         raise ValueError(f"{len(names)} axis names for an array of shape {x.shape}")
     entries = []
-    for size, axes in zip(x.shape, partition_spec(names, mesh.axis_names), strict=True):
+    for size, axes in zip(x.shape, partition_spec(names, left), strict=True):
         entries.append(axes if size % _parts(mesh, axes) == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def _auto_axes(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes that the compiler lays arrays out over: inside `split` and `with_weights` not all."""
+    if mesh.empty:
+        return ()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Auto)
+
+
+def gathered(kernel: Array, *names: str | None) -> Array:
+    """A weight as a product needs it: whole over the axes that split batch and sequence, under the ambient mesh.
+
+    Said here because the compiler, left alone, may rather move activations, or gather a weight twice for one
+    backward pass.
+    """
+    return constrain(kernel, *(None if name in WHERE_IT_DIVIDES else name for name in names))
 
 
 def axes_over(name: str, *sizes: int) -> tuple[str, ...]:
@@ -161,6 +198,49 @@ def split(
     )(*(args[i] for i in given))
 
 
+def with_weights(
+    function: Callable[..., Any],
+    weights: Any,
+    inputs: Sequence[Axes],
+    outputs: Sequence[Axes],
+    *args: Array,
+    over: Sequence[str] = MESH_AXES,
+) -> Any:
+    """function(weights, *args) with whole weights on every device, and its own part of the arguments.
+
+    The weights are gathered once and their gradients are summed over the devices once, whatever loops
+    `function` has inside. As it is without a mesh.
+
+    Args:
+        weights: a pytree of arrays, in the dtype they are to be sent in.
+        inputs: the logical axes of each argument; one of which some size does not divide stays whole.
+        outputs: those of each result, of which there are two or more, or one alone.
+        over: mesh axes that `function` sees a part of; what the others split is the compiler's.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(weights, *args)
+    sizes: dict[str, set[int]] = {}
+    for names, x in zip(inputs, args, strict=True):
+        for name, size in zip(names, x.shape, strict=True):
+            if name is not None:
+                sizes.setdefault(name, set()).add(size)
+
+    def spec(names: Axes) -> PartitionSpec:
+        return PartitionSpec(*(name and (axes_over(name, *sizes[name]) or None) for name in names))
+
+    places = tuple(spec(names) for names in outputs)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), *(spec(names) for names in inputs)),
+        out_specs=places if len(places) > 1 else places[0],
+        # All axes are function's where the compiler would have nothing to split over the others.
+        axis_names=frozenset(MESH_AXES if all(mesh.shape[a] == 1 for a in set(MESH_AXES) - set(over)) else over),
+        check_vma=False,
+    )(weights, *args)
+
+
 def whole_parts(name: str, size: int) -> int:
     """The size rounded up to what the ambient mesh splits a logical axis into."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -188,18 +268,26 @@ def zigzag(length: int, parts: int) -> np.ndarray:
 def param_shardings(boxed: Params, mesh: Mesh) -> Params:
     """Shardings of parameters, abstract or real, still in the boxes that carry their logical axes.
 
+    Mesh axes of WHERE_IT_DIVIDES are left out where they do not.
+
     Raises:
         UserError: a dim that its mesh axes do not divide, all of them named at once.
     """
     problems: list[str] = []
 
     def one(path: tuple, box: nn.LogicallyPartitioned) -> NamedSharding:
+        entries: list[tuple[str, ...] | None] = []
         spec = partition_spec(box.names, mesh.axis_names)
         for size, axes, name in zip(box.value.shape, spec, box.names, strict=True):
-            if size % _parts(mesh, axes):
+            kept = axes or ()
+            for axis in reversed(WHERE_IT_DIVIDES.get(name, ())):
+                if size % _parts(mesh, kept):
+                    kept = tuple(a for a in kept if a != axis)
+            if size % _parts(mesh, kept):
                 key = "/".join(str(getattr(p, "key", p)) for p in path)
-                problems.append(f"{key} ({name} {size} over {axes} {_parts(mesh, axes)})")
-        return NamedSharding(mesh, spec)
+                problems.append(f"{key} ({name} {size} over {kept} {_parts(mesh, kept)})")
+            entries.append(kept or None)
+        return NamedSharding(mesh, PartitionSpec(*entries))
 
     shardings = jax.tree_util.tree_map_with_path(one, boxed, is_leaf=_is_box)
     if problems:

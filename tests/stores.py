@@ -139,11 +139,17 @@ class _S3(BaseHTTPRequestHandler):
             self._fail(404, "NoSuchKey", body)
         else:
             data, headers = self.objects[key], {"ETag": f'"{hash(self.objects[key]):x}"'}
-            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            first, last = (int(wanted[1]), int(wanted[2])) if wanted else (0, len(data) - 1)
+            wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+            first, last = 0, len(data) - 1
+            if wanted and wanted[1]:
+                first, last = int(wanted[1]), int(wanted[2] or last)
+            elif wanted:
+                first = max(len(data) - int(wanted[2]), 0)
             if wanted and first >= len(data):
                 self._fail(416, "InvalidRange", body)
             else:
+                if wanted:
+                    headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
                 self._answer(206 if wanted else 200, data[first : last + 1], headers, body)
 
     def _list(self, prefix: str, delimiter: str | None) -> str:

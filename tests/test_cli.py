@@ -200,7 +200,7 @@ def test_train_refuses_unknown_fields(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_no_model_says_how_to_get_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
-    monkeypatch.setattr("iv3jax.cli.DEMO_MODEL", tmp_path / "nothing")
+    monkeypatch.setattr("iv3jax.cli.source.DEMO_MODEL", tmp_path / "nothing")
     assert "launch/demo.sh" in refused(capsys, "ask", "x.mp4", "what?")
 
 

@@ -17,10 +17,10 @@ from jax.sharding import PartitionSpec
 from rich.table import Table
 
 from iv3jax import ops
-from iv3jax.bench.hlo import collective_bytes
 from iv3jax.bench.table import as_text
 from iv3jax.chips import compile_for, compile_on, devices
 from iv3jax.compiles import Stopwatch
+from iv3jax.hlo import collective_bytes
 from iv3jax.models.cache import write
 from iv3jax.sharding import make_mesh
 from iv3jax.typing import Array, DType

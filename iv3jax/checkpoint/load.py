@@ -8,6 +8,7 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from iv3jax.checkpoint.dtypes import DTYPES, KEPT, bits_of, cast, common, torch_name
@@ -15,12 +16,15 @@ from iv3jax.checkpoint.files import TensorFiles, check
 from iv3jax.checkpoint.hub import model_folder
 from iv3jax.checkpoint.names import Path as TreePath
 from iv3jax.checkpoint.names import Tensor, insert, lookup, tensors
+from iv3jax.checkpoint.patterns import resolve
+from iv3jax.checkpoint.run_folder import RunCheckpoint, run_checkpoint
 from iv3jax.data.processor import Processor
 from iv3jax.data.tokenizer import TINY_FOLDER
 from iv3jax.errors import UserError
 from iv3jax.models.config import ModelConfig
 from iv3jax.models.internvideo3 import InternVideo3, boxed_params, init_params
 from iv3jax.models.layers import Execution
+from iv3jax.models.lora import LEAVES, Lora
 from iv3jax.models.presets import preset
 from iv3jax.models.quantized import NotFiniteError, quantize
 from iv3jax.paths import AnyPath, PathArgument
@@ -79,11 +83,14 @@ def load(
 
     Args:
         source: a folder with config.json and safetensors, local or on a store (gs://, s3://); a preset's
-            name; or an id of the Hugging Face hub, `org/name[@revision]`, which is downloaded.
+            name; an id of the Hugging Face hub, `org/name[@revision]`, which is downloaded; or the folder of a
+            training run, of which `OUT[@STEP|@best]` is a checkpoint, its layers scanned and its low-rank
+            additions kept apart.
         dtype: dtype of the parameters and of computing. None keeps each tensor's own, widened to fp32
             where one stacked parameter holds several, and computes in the dtype of most bytes.
         mesh: where to put the parameters; None puts them on the first device.
-        run: how to compute (remat, tower steps, scanned layers); its dtypes are overridden by `dtype`.
+        run: how to compute (remat, tower steps, scanned layers); its dtypes are overridden by `dtype`. The
+            targets of its `lora` may be patterns (checkpoint/patterns.py); new additions change nothing.
         random_weights: allows a preset, which has no weights, to be made with random ones.
         weights: int8 or nf4 stores the kernels of all linear layers so (models/quantized.py), each tensor
             quantised on the host as it is read. Such a model (`model.run.weights`) cannot be saved.
@@ -98,6 +105,8 @@ def load(
     mesh = make_mesh(jax.devices()[:1]) if mesh is None else mesh
     run = Execution() if run is None else run
     run = run if weights is None else replace(run, weights=weights)
+    if (checkpoint := run_checkpoint(source)) is not None:
+        return _load_run(checkpoint, dtype, mesh, run, random_weights)
     folder = model_folder(source)
     if folder is None:
         if not random_weights:
@@ -106,12 +115,15 @@ def load(
                 "random weights (--random-weights)"
             )
         dtype = jnp.float32 if dtype is None else dtype
-        model = InternVideo3(preset(str(source)), replace(run, dtype=dtype, param_dtype=dtype))
+        config = preset(str(source))
+        run = replace(run, lora=resolve(run.lora, config, run.scan_layers))
+        model = InternVideo3(config, replace(run, dtype=dtype, param_dtype=dtype))
         params = init_params(model, jax.random.key(0), param_shardings(boxed_params(model), mesh))
         return LoadedModel(model, params, TINY_FOLDER if str(source) == "tiny" else None, mesh)
     if random_weights:
         raise UserError(f"{source}: has weights of its own; random weights are for presets")
     config = ModelConfig.from_file(folder)
+    run = replace(run, lora=resolve(run.lora, config, run.scan_layers))
     expected = tensors(config, run.scan_layers)
     files = TensorFiles(folder)
     ignored = [r".*\.rotary_emb\.inv_freq"]
@@ -125,6 +137,39 @@ def load(
     model = InternVideo3(config, replace(run, dtype=compute, param_dtype=compute))
     params = _stream(files, expected, model, mesh, keep=dtype is None)
     return LoadedModel(model, params, folder, mesh, file_dtypes)
+
+
+def _load_run(
+    checkpoint: RunCheckpoint, dtype: DType | None, mesh: Mesh, run: Execution, random_weights: bool
+) -> LoadedModel:
+    """What a run has trained, over what it started from where it trained only a part."""
+    if random_weights:
+        raise UserError(f"{checkpoint.out}: has weights of its own; random weights are for presets")
+    settings, config = checkpoint.config, ModelConfig.from_file(checkpoint.shape)
+    additions = settings["lora"]
+    kept = jnp.dtype(settings["dtype"] if additions["rank"] else "float32").type
+    compute = kept if dtype is None else dtype
+    lora = Lora(**{**additions, "targets": tuple(additions["targets"])}) if additions["rank"] else None
+    run = replace(
+        run,
+        scan_layers=True,
+        dtype=compute,
+        param_dtype=compute,
+        weights=run.weights or settings["weights"] or None,
+        lora=resolve(lora, config, True),
+    )
+    model = InternVideo3(config, run)
+    leaves = flatten_dict(checkpoint.trained(model, mesh))
+    if dtype is not None:
+        leaves = {path: x if path[-1] in LEAVES else x.astype(dtype) for path, x in leaves.items()}
+    if missing := set(flatten_dict(boxed_params(model))) - set(leaves):
+        if settings["init"]:
+            rest = load(settings["init"], dtype=compute, mesh=mesh, run=run).params
+        else:
+            key = jax.random.key(settings["seed"])
+            rest = init_params(model, key, param_shardings(boxed_params(model), mesh))
+        leaves |= {path: x for path, x in flatten_dict(rest).items() if path in missing}
+    return LoadedModel(model, unflatten_dict(leaves), checkpoint.shape, mesh)
 
 
 def check_dtypes(files: TensorFiles, expected: Sequence[Tensor], dtype: DType | None) -> dict[str, str]:
@@ -222,6 +267,12 @@ def _stream(
         for leaf, place in zip(leaves, places, strict=True):
             # Waited for: a copy still under way would keep its host memory beside the next one's.
             insert(params, leaf, jax.block_until_ready(place.array()))
+    if model.run.lora is not None:
+        # In no file of the model's.
+        own = {path: x for path, x in flatten_dict(shardings).items() if path[-1] in LEAVES}
+        made = init_params(model, jax.random.key(0), unflatten_dict(own), only=LEAVES)
+        for path, value in flatten_dict(made).items():
+            insert(params, path, value)
     return params
 
 

@@ -1,11 +1,29 @@
-"""A model in memory → its folder, in place of an older one: `export` for those who train."""
+"""Models of those who train: a finished one's folder in place of an older one, and the small files of a run's."""
+
+import jax
 
 from iv3jax.checkpoint.export import export
+from iv3jax.checkpoint.folder import CONFIG, small_files
 from iv3jax.checkpoint.load import LoadedModel
+from iv3jax.checkpoint.run_folder import SHAPE
+from iv3jax.checkpoint.write import plan
+from iv3jax.models.internvideo3 import InternVideo3, boxed_params
 from iv3jax.paths import AnyPath, PathArgument, make_path
+from iv3jax.sharding import make_mesh, unbox
 
 
 def save(loaded: LoadedModel, folder: PathArgument) -> AnyPath:
     """Writes a model folder as `export` does, replacing an older one of that name; returns it."""
     export(loaded, folder, replace=True)
     return make_path(folder)
+
+
+def write_shape(out: AnyPath, model: InternVideo3, folder: AnyPath) -> None:
+    """Writes OUT/shape, config.json last: the small files of the model that a run trains, from its source's."""
+    place = out / SHAPE
+    if (place / CONFIG).exists():
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    abstract = LoadedModel(model, unbox(boxed_params(model)), folder, make_mesh(jax.devices()[:1]))
+    for name, content in small_files(abstract, plan(abstract)).items():
+        (place / name).write_bytes(content)

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
+from iv3jax.data.chunks import Chunks
 from iv3jax.data.patches import patch_coords
 from iv3jax.data.sample import Sample
 from iv3jax.errors import UserError
 from iv3jax.models.batch import IGNORE_LABEL, Batch
-from iv3jax.models.config import ModelConfig
+from iv3jax.models.config import ModelConfig, VisionConfig
 
 _coords = lru_cache(maxsize=256)(patch_coords)
 
@@ -35,10 +37,13 @@ def collate(
     length: int,
     chunks: int | None = None,
     chunk_patches: int | None = None,
+    features: int | None = None,
+    feature_dtype: npt.DTypeLike | None = None,
 ) -> Batch:
     """Pads rows, each a pack of one or more samples, into one Batch of numpy arrays.
 
-    Temporal patches go into the first chunk of their row with room for the whole of them.
+    Temporal patches go into the first chunk of their row with room for the whole of them. Videos that come as
+    features are in no chunk.
 
     Args:
         rows: the samples of each row, in order.
@@ -47,14 +52,17 @@ def collate(
         chunks: V, vision chunks per row; None means as many as the fullest row needs.
         chunk_patches: C, patches per chunk; None means the largest temporal patch of the batch.
             Given together with `chunks`, every batch has the same shapes, also one without vision.
+        features: N, ready features per row; None means as many as the fullest row needs. Given (`length` is
+            always enough), every batch has them, of the same shape.
+        feature_dtype: None takes the samples', fp32 where there are none; give it together with `features`.
 
     Returns:
         The Batch, as its contract says. Padding has input id and positions 0, segment 0, no label,
         visual index −1.
 
     Raises:
-        UserError: a row has more tokens than `length`, needs more than `chunks` chunks, or has a
-            temporal patch above `chunk_patches`.
+        UserError: a row has more tokens than `length`, needs more than `chunks` chunks or `features`
+            features, or has a temporal patch above `chunk_patches`.
     """
     shape = (len(rows), length)
     input_ids, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -72,26 +80,42 @@ def collate(
             segment_ids[row, at] = segment
             labels[row, at] = sample.labels
             start = at.stop
-    vision = _vision(rows, config, input_ids, chunks, chunk_patches)
-    return Batch(input_ids, positions, segment_ids, labels, **vision)
+    vision = config.vision_config
+    pixels, slots = _pixels(rows, vision, chunks, chunk_patches)
+    ready = _ready(rows, vision, features, feature_dtype)
+    if vision is None or (not pixels and ready is None):
+        return Batch(input_ids, positions, segment_ids, labels)
+    # In a row's vision tokens, those of its chunks come before the ready ones.
+    merge = vision.spatial_merge_size**2
+    first = pixels["patches"].shape[1] * pixels["patches"].shape[2] // merge if pixels else 0
+    index = np.full(shape, -1, np.int32)
+    for row, samples in enumerate(rows):
+        stored = _is_stored(samples, merge)
+        places = np.empty(len(stored), np.int32)
+        places[~stored] = slots[row][::merge] // merge
+        places[stored] = first + np.arange(stored.sum())
+        ids = input_ids[row]
+        index[row, (ids == config.image_token_id) | (ids == config.video_token_id)] = places
+    return Batch(input_ids, positions, segment_ids, labels, index, **pixels, features=ready)
 
 
-def _vision(
+def _pixels(
     rows: Sequence[Sequence[Sample]],
-    config: ModelConfig,
-    input_ids: np.ndarray,
+    vision: VisionConfig | None,
     chunks: int | None,
     chunk_patches: int | None,
-) -> dict[str, np.ndarray]:
-    """The Batch's vision fields; none where no row has a patch and the shapes are not given."""
-    vision = config.vision_config
-    sizes = [_temporal_patches(samples) for samples in rows]
+) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """The Batch's patches, and for each row where each of its patches went in its chunks, laid end to end.
+
+    No arrays where no row has a patch and the shapes are not given.
+    """
+    sizes = [_concatenate([sample.temporal_patches for sample in samples]) for samples in rows]
     largest = max((int(size.max()) for size in sizes if len(size)), default=0)
     width = largest if chunk_patches is None else chunk_patches
     if vision is None and largest:
         raise ValueError("the samples have patches, but the model has no vision tower")
     if vision is None or width == 0 or (largest == 0 and not chunks):
-        return {}
+        return {}, [np.zeros(0, np.int64)] * len(rows)
     merge = vision.spatial_merge_size**2
     if width % merge:
         raise ValueError(f"chunk_patches {width} is no multiple of {merge}, the patches of a vision token")
@@ -100,8 +124,9 @@ def _vision(
             raise UserError(
                 f"row {row}: a temporal patch has {size.max()} patches, above a chunk's limit of {width}"
             )
-    starts = [_first_fit(size, width) for size in sizes]
-    needed = [int(start.max()) // width + 1 if len(start) else 0 for start in starts]
+    filled = [Chunks(width) for _ in rows]
+    starts = [one.place(size) for one, size in zip(filled, sizes, strict=True)]
+    needed = [len(one) for one in filled]
     if chunks is None:
         chunks = max(needed)
     elif max(needed) > chunks:
@@ -110,57 +135,74 @@ def _vision(
             f"row {row}: {needed[row]} vision chunks of {width} patches are above the limit of {chunks}"
         )
 
-    slots = chunks * width
-    index = np.full(input_ids.shape, -1, np.int32)
+    room = chunks * width
     dtypes = [sample.patches.dtype for samples in rows for sample in samples]
-    patches = np.zeros((len(rows), slots, vision.patch_dim), np.result_type(*dtypes) if dtypes else np.uint8)
-    coords = np.zeros((len(rows), slots, 4), np.int32)
-    segments = np.zeros((len(rows), slots), np.int32)
+    patches = np.zeros((len(rows), room, vision.patch_dim), np.result_type(*dtypes) if dtypes else np.uint8)
+    coords = np.zeros((len(rows), room, 4), np.int32)
+    segments = np.zeros((len(rows), room), np.int32)
+    slots = []
     for row, samples in enumerate(rows):
-        if not len(sizes[row]):
-            continue
         # Where each patch of the row goes: its temporal patch's start plus its place in it.
         first = sizes[row].cumsum() - sizes[row]
         to = np.repeat(starts[row] - first, sizes[row]) + np.arange(sizes[row].sum())
+        slots.append(to)
         segments[row, to] = np.repeat(np.arange(1, len(first) + 1), sizes[row])
-        coords[row, to] = np.concatenate(
-            [
-                np.tile(_coords(h, w, vision.spatial_merge_size), (t, 1))
-                for sample in samples
-                for t, h, w in sample.grids
-            ]
-        )
         done = 0
         for sample in samples:
-            patches[row, to[done : done + len(sample.patches)]] = sample.patches
-            done += len(sample.patches)
-        ids = input_ids[row]
-        visual = (ids == config.image_token_id) | (ids == config.video_token_id)
-        index[row, visual] = to[::merge] // merge
+            own = to[done : done + len(sample.patches)]
+            patches[row, own] = sample.patches
+            coords[row, own] = _patch_coords(sample, vision.spatial_merge_size)
+            done += len(own)
     shape = (len(rows), chunks, width)
-    return {
-        "visual_index": index,
+    arrays = {
         "patches": patches.reshape(*shape, -1),
         "patch_coords": coords.reshape(*shape, 4),
         "patch_segment_ids": segments.reshape(shape),
     }
+    return arrays, slots
 
 
-def _temporal_patches(samples: Sequence[Sample]) -> np.ndarray:
-    """Patches in each temporal patch of a row, in order of appearance."""
-    return np.array([h * w for sample in samples for t, h, w in sample.grids for _ in range(t)], np.int64)
+def _ready(
+    rows: Sequence[Sequence[Sample]],
+    vision: VisionConfig | None,
+    count: int | None,
+    dtype: npt.DTypeLike | None,
+) -> np.ndarray | None:
+    """The Batch's features; None where no row has any and their number is not given."""
+    parts = [
+        [ready for sample in samples for ready in sample.features if ready is not None] for samples in rows
+    ]
+    needed = [sum(map(len, part)) for part in parts]
+    count = max(needed) if count is None else count
+    if count == 0:
+        return None
+    if vision is None:
+        raise ValueError("there are features, but the model has no vision tower")
+    if max(needed) > count:
+        row = needed.index(max(needed))
+        raise UserError(f"row {row}: {needed[row]} features are above the limit of {count}")
+    if dtype is None:
+        dtype = np.result_type(*{one.dtype for part in parts for one in part}) if any(parts) else np.float32
+    levels = 1 + len(vision.deepstack_visual_indexes)
+    out = np.zeros((len(rows), count, levels, vision.out_hidden_size), dtype)
+    for row, part in enumerate(parts):
+        if part:
+            out[row, : needed[row]] = np.concatenate(part)
+    return out
 
 
-def _first_fit(sizes: np.ndarray, width: int) -> np.ndarray:
-    """Where each temporal patch starts in its row's chunks of `width` patches, laid end to end."""
-    if len(sizes) and sizes.min() == sizes.max():
-        per_chunk = width // int(sizes[0])
-        order = np.arange(len(sizes))
-        return order // per_chunk * width + order % per_chunk * sizes[0]
-    used = np.zeros(len(sizes), np.int64)
-    starts = np.empty(len(sizes), np.int64)
-    for i, size in enumerate(sizes):
-        chunk = int(np.argmax(used + size <= width))
-        starts[i] = chunk * width + used[chunk]
-        used[chunk] += size
-    return starts
+def _is_stored(samples: Sequence[Sample], merge: int) -> np.ndarray:
+    """(n,) bool of a row's vision tokens in order: whether each comes as a feature."""
+    media = [pair for sample in samples for pair in zip(sample.grids, sample.ready, strict=True)]
+    return _concatenate([np.full(t * h * w // merge, ready is not None) for (t, h, w), ready in media], bool)
+
+
+def _patch_coords(sample: Sample, merge: int) -> np.ndarray:
+    """(N, 4) int32, of the sample's patches."""
+    pairs = zip(sample.grids, sample.ready, strict=True)
+    tiles = [np.tile(_coords(h, w, merge), (t, 1)) for (t, h, w), ready in pairs if ready is None]
+    return np.concatenate(tiles) if tiles else np.zeros((0, 4), np.int32)
+
+
+def _concatenate(arrays: Sequence[np.ndarray], dtype: npt.DTypeLike = np.int64) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype)

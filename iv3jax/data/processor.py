@@ -5,14 +5,16 @@ and chunks in `collate.py`.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from iv3jax.data.chat import Message, VisionItem, parts, render
+from iv3jax.data.clips import VideoSampling
 from iv3jax.data.image import read_image
 from iv3jax.data.patches import patchify
 from iv3jax.data.positions import mrope_positions
@@ -24,6 +26,9 @@ from iv3jax.errors import UserError
 from iv3jax.models.batch import IGNORE_LABEL
 from iv3jax.models.config import ModelConfig, VisionConfig
 from iv3jax.paths import AnyPath, PathArgument, make_path
+
+if TYPE_CHECKING:
+    from iv3jax.data.features import FeatureStore
 
 IMAGE_FILE = "preprocessor_config.json"
 VIDEO_FILE = "video_preprocessor_config.json"
@@ -44,6 +49,8 @@ class Processor:
         image_pixels: least and most pixels of one image, after resizing.
         video_pixels: least and most pixels of one whole video, all sampled frames together.
         add_vision_id: see `chat.render`.
+        features: where the features of video files are taken from; None decodes the files. Token ids, times
+            and positions are the same. Images, and videos in memory, are patches in any case.
     """
 
     tokenizer: Tokenizer
@@ -54,6 +61,12 @@ class Processor:
     image_pixels: tuple[int, int] = (65_536, 16_777_216)
     video_pixels: tuple[int, int] = (4_096, 25_165_824)
     add_vision_id: bool = False
+    features: "FeatureStore | None" = None
+
+    @property
+    def video_sampling(self) -> VideoSampling:
+        """How frames are taken from a video, as a feature store notes it."""
+        return VideoSampling(float(self.fps), self.min_frames, self.max_frames, *self.video_pixels)
 
     @staticmethod
     def from_dir(folder: PathArgument, config: ModelConfig) -> "Processor":
@@ -86,7 +99,8 @@ class Processor:
     def files(self, source: PathArgument | None = None) -> dict[str, bytes]:
         """tokenizer.json and, for a model with a tower, the two preprocessor files, as transformers has them.
 
-        `from_dir` reads back all of this processor but `add_vision_id`, for which those files have no field.
+        `from_dir` reads back all of this processor but `add_vision_id` and `features`, for which those files
+        have no field.
 
         Args:
             source: a model folder; what its preprocessor files say beside our fields is kept.
@@ -124,8 +138,8 @@ class Processor:
             generation: end with the assistant's header.
 
         Raises:
-            UserError: a message that is not well formed, media that cannot be read, or media for a
-                model without a vision tower.
+            UserError: a message that is not well formed, media that cannot be read, a video that is not as
+                asked for in the feature store, or media for a model without a vision tower.
         """
         loaded = [
             self._load(part, f"message {number}")
@@ -148,7 +162,16 @@ class Processor:
             text.input_ids, config.image_token_id, config.video_token_id, grids, merge
         )
         patches = _join([item.patches for item in loaded], config.vision_config)
-        return Sample(text.input_ids, positions, labels, patches, grids, tuple(item.media for item in loaded))
+        features = tuple(item.features for item in loaded)
+        return Sample(
+            text.input_ids,
+            positions,
+            labels,
+            patches,
+            grids,
+            tuple(item.media for item in loaded),
+            () if all(ready is None for ready in features) else features,
+        )
 
     def _load(self, part: Mapping[str, Any], name: str) -> "_Loaded":
         """Reads and cuts one image or video; `name` is its message's, for errors."""
@@ -157,6 +180,8 @@ class Processor:
             raise UserError(
                 f"{name}: there is a part of type {part['type']}, but this model has no vision tower"
             )
+        if self.features is not None and "video" in part:
+            return _stored(self.features, str(part["video"]), self.video_sampling, vision)
         media, frames = self._frames(part, name)
         side = vision.patch_size * vision.spatial_merge_size
         if media.size[0] % side or media.size[1] % side:
@@ -164,11 +189,7 @@ class Processor:
         patches, grid = patchify(
             frames, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
         )
-        times: tuple[float, ...] = ()
-        if media.kind == "video":
-            times = tuple(temporal_patch_times(np.array(media.times)).tolist())
-        tokens = grid[1] * grid[2] // vision.spatial_merge_size**2
-        return _Loaded(media, VisionItem(media.kind, tokens, times), grid, patches)
+        return _Loaded(media, grid, vision.spatial_merge_size, patches)
 
     def _frames(self, part: Mapping[str, Any], name: str) -> tuple[Media, np.ndarray]:
         """One part's record and its pixels, uint8 (n, h, w, 3), which `patchify` evens out."""
@@ -207,12 +228,36 @@ class Processor:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """One image or video: its record, what the text needs of it, its grid and its patch rows."""
+    """One image or video: its record, its grid, and its patch rows or its features."""
 
     media: Media
-    shown: VisionItem
     grid: tuple[int, int, int]
+    merge: int
     patches: np.ndarray
+    features: np.ndarray | None = None
+
+    @property
+    def shown(self) -> VisionItem:
+        """What the text needs of it."""
+        times: tuple[float, ...] = ()
+        if self.media.kind == "video":
+            times = tuple(temporal_patch_times(np.array(self.media.times)).tolist())
+        return VisionItem(self.media.kind, self.grid[1] * self.grid[2] // self.merge**2, times)
+
+
+def _stored(store: "FeatureStore", path: str, sampling: VideoSampling, vision: VisionConfig) -> _Loaded:
+    """A video out of a feature store."""
+    clip = store.find(path, sampling)
+    features = store.read(clip)
+    tower = (1 + len(vision.deepstack_visual_indexes), vision.out_hidden_size)
+    if features.shape != (math.prod(clip.grid) // vision.spatial_merge_size**2, *tower):
+        raise UserError(
+            f"{path}: its features in {store.folder} are {features.shape[1:]} a token, but this model's "
+            f"tower gives {tower}; use a store of this model's tower"
+        )
+    media = replace(clip.media, path=path)
+    none = np.zeros((0, vision.patch_dim), np.uint8)
+    return _Loaded(media, clip.grid, vision.spatial_merge_size, none, features)
 
 
 class _File:

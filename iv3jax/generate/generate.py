@@ -152,7 +152,8 @@ def generate(
 def prefill(model: InternVideo3, params: Params, batch: Batch, cache: Cache) -> DecodeState:
     """Feeds the prompts into an empty cache, chunk by chunk; the video is encoded once, before."""
     lengths = np.asarray(batch.segment_ids != 0).sum(axis=1)
-    visual = None if batch.patches is None else _encode(model, params, batch)
+    seen = batch.patches is not None or batch.features is not None
+    visual = _encode(model, params, batch) if seen else None
     length = batch.input_ids.shape[1]
     chunk = min(PREFILL_CHUNK, length)
     last = jnp.zeros((len(lengths), model.config.text_config.hidden_size), model.run.dtype)

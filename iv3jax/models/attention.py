@@ -18,6 +18,9 @@ from kernels_pallas.latents import Latents
 
 Entries = dict[str, Array]
 
+MATRICES = frozenset({"q_expand", "kv_adapters"})
+"""Modules whose kernel is a matrix for each head or modality, and no Linear's."""
+
 
 class Tokens(NamedTuple):
     """What attention knows of the tokens besides their hidden states.
@@ -166,7 +169,7 @@ class M2LAAttention(nn.Module):
         query = c.head_dim if c.use_qk_norm else n + e
         self.q_proj = Linear((width,), (heads, query), ("embed",), head, *bias)
         self.kv_a_proj_with_mqa = Linear((width,), (rank + e,), ("embed",), ("latent",), *bias)
-        self.kv_b_proj = Linear((rank,), (heads, n + v), ("latent",), head, False, run)
+        self.kv_b_proj = Linear((rank,), (heads, n + v), ("rank",), head, False, run)
         self.o_proj = Linear((heads, v), (width,), head, ("embed",), False, run)
         if c.use_qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, run)
@@ -252,7 +255,9 @@ def zero_padding(config: TextConfig, weights: Params) -> Params:
     masks = {
         ("kv_a_proj_with_mqa", "kernel"): down[:, :, None],
         ("kv_a_proj_with_mqa", "bias"): down,
+        ("kv_a_proj_with_mqa", "lora_b"): down[:, :, None],
         ("kv_b_proj", "kernel"): latent[:, None, None],
+        ("kv_b_proj", "lora_a"): latent[:, None],
         ("kv_adapters", "kernel"): (latent[:, :, None] & latent[:, None])[:, None],
         ("kv_adapters", "bias"): latent[:, None],
     }

@@ -4,8 +4,9 @@ Data fills it with numpy arrays, the model reads it as a pytree. This file impor
 data workers import it.
 
 Axes: B rows, T tokens of a row, V vision chunks of a row, C patches of a chunk, P numbers of a patch
-(channel · 2 frames · patch_size²). Attention in the vision tower stays inside one temporal patch of
-one item; a chunk holds one or more whole temporal patches, so memory grows with the chunk.
+(channel · 2 frames · patch_size²), N ready features of a row, K DeepStack levels, D the decoder's width.
+Attention in the vision tower stays inside one temporal patch of one item; a chunk holds one or more
+whole temporal patches, so memory grows with the chunk.
 """
 
 from typing import Any, NamedTuple
@@ -29,8 +30,8 @@ class Batch(NamedTuple):
         positions: (3, B, T) int32 time, height and width position of each token (SPEC §5).
         segment_ids: (B, T) int32, 0 for padding, 1, 2, … for the samples of a pack, in order.
         labels: (B, T) int32 or None; the *next* token where a loss is taken, else IGNORE_LABEL.
-        visual_index: (B, T) int32 or None; which of the row's V·C/merge² vision tokens stands at
-            this position, −1 for text.
+        visual_index: (B, T) int32 or None; which of the row's vision tokens stands at this position, −1
+            for text. The V·C/merge² of the patches come first, then the N of the features.
         patches: (B, V, C, P) or None; uint8 pixels, or floats already normalised to [−1, 1]. Four
             consecutive patches (merge²) form one vision token.
         patch_coords: (B, V, C, 4) int32; row and column of the patch in its grid, grid height and
@@ -38,6 +39,8 @@ class Batch(NamedTuple):
         patch_segment_ids: (B, V, C) int32; 0 for padding, equal inside one temporal patch.
         order: (B, T) int32 or None; the place of each token in its row where they lie in another order
             (`dealt`). A token sees those of its sample with no larger place.
+        features: (B, N, 1+K, D) bf16 or fp32, or None; vision tokens and their DeepStack levels that a tower
+            computed before (data/features.py). Padding may hold anything finite.
     """
 
     input_ids: Array
@@ -49,6 +52,7 @@ class Batch(NamedTuple):
     patch_coords: Array | None = None
     patch_segment_ids: Array | None = None
     order: Array | None = None
+    features: Array | None = None
 
 
 LOGICAL_AXES = Batch(
@@ -61,6 +65,7 @@ LOGICAL_AXES = Batch(
     patch_coords=("batch", None, None, None),
     patch_segment_ids=("batch", None, None),
     order=("batch", "sequence"),
+    features=("batch", None, None, "hidden"),
 )
 """The logical axes of each field (`sharding.RULES`)."""
 

@@ -36,9 +36,8 @@ class DecoderLayer(nn.Module):
         layer: Array,
         tokens: Tokens,
         deepstack: Array | None,
-        visual_index: Array | None,
     ) -> tuple[tuple[Array, Entries | None], None]:
-        """carry: hidden (B, T, D) and the cache entries of all layers."""
+        """carry: hidden (B, T, D) and the cache entries of all layers. deepstack: (K, B, T, D)."""
         c, run = self.config, self.run
         hidden, entries = carry
         attention = GQAAttention if c.kv_lora_rank is None else M2LAAttention
@@ -48,11 +47,11 @@ class DecoderLayer(nn.Module):
         y = RMSNorm(c.hidden_size, c.rms_norm_eps, run, name="post_attention_layernorm")(hidden)
         y = SwiGLU(c.hidden_size, c.intermediate_size, run, name="mlp")(y)
         hidden = constrain(hidden + y, "batch", "sequence", "hidden")
-        if deepstack is not None and visual_index is not None:
+        if deepstack is not None:
             levels = deepstack.shape[0]
             hidden = jax.lax.cond(
                 layer < levels,
-                lambda: hidden + gather_visual(deepstack[jnp.minimum(layer, levels - 1)], visual_index),
+                lambda: hidden + deepstack[jnp.minimum(layer, levels - 1)],
                 lambda: hidden,
             )
         # Read by parity checks only: nothing is kept unless the caller makes `intermediates` mutable.
@@ -95,8 +94,10 @@ class Decoder(nn.Module):
             modality = text if visual_index is None else (visual_index >= 0).astype(jnp.int32)
         tokens = Tokens(rope, place.segment_ids, place.order, slots, length, modality)
         deepstack = None
-        if visual is not None and visual.deepstack.shape[0]:
-            deepstack = visual.deepstack.astype(run.dtype)
+        if visual is not None and visual_index is not None and visual.deepstack.shape[0]:
+            # At their places before the layers: where a row is split, each device then keeps its own tokens'.
+            placed = [gather_visual(level.astype(run.dtype), visual_index) for level in visual.deepstack]
+            deepstack = jnp.stack([constrain(x, "batch", "sequence", "hidden") for x in placed])
         hidden = constrain(hidden, "batch", "sequence", "hidden")
         entries = None if cache is None else cache.entries
         if run.scan_layers:
@@ -104,14 +105,14 @@ class Decoder(nn.Module):
                 run.checkpointed(DecoderLayer),
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast),
                 length=c.num_hidden_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(c, run, name="layers")
             indices = jnp.arange(c.num_hidden_layers)
-            (hidden, entries), _ = layers((hidden, entries), indices, tokens, deepstack, visual_index)
+            (hidden, entries), _ = layers((hidden, entries), indices, tokens, deepstack)
         else:
-            hidden, entries = self._unrolled(hidden, entries, tokens, deepstack, visual_index)
+            hidden, entries = self._unrolled(hidden, entries, tokens, deepstack)
         hidden = RMSNorm(c.hidden_size, c.rms_norm_eps, run, name="norm")(hidden)
         return hidden, None if cache is None else cache.advanced(entries, place.segment_ids)
 
@@ -121,7 +122,6 @@ class Decoder(nn.Module):
         entries: Any,
         tokens: Tokens,
         deepstack: Array | None,
-        visual_index: Array | None,
     ) -> tuple[Array, Any]:
         """The layers one after the other; each sees its own part of the cache as a stack of one."""
         layer_type = self.run.checkpointed(DecoderLayer)
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
             level = deepstack[i : i + 1] if deepstack is not None and i < levels else None
             own = None if entries is None else {name: parts[i] for name, parts in entries.items()}
             layer = layer_type(self.config.of_layer(i), self.run, name=f"layers_{i}")
-            (hidden, own), _ = layer((hidden, own), jnp.zeros((), jnp.int32), tokens, level, visual_index)
+            (hidden, own), _ = layer((hidden, own), jnp.zeros((), jnp.int32), tokens, level)
             written.append(own)
         if entries is None:
             return hidden, None

@@ -1,13 +1,16 @@
 """The whole model: tower, embeddings, decoder, head. Text-only decoders are the same without a tower."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from iv3jax.errors import UserError
 from iv3jax.models.attention import zero_padding
 from iv3jax.models.batch import Batch, fake_batch
 from iv3jax.models.cache import Cache
@@ -16,7 +19,7 @@ from iv3jax.models.decoder import Decoder, Place, gather_visual
 from iv3jax.models.layers import Embedding, Execution, Linear
 from iv3jax.models.vision import VisionTower, VisualFeatures
 from iv3jax.sharding import constrain
-from iv3jax.typing import Array, Params
+from iv3jax.typing import Array, DType, Params
 
 
 class Output(NamedTuple):
@@ -46,10 +49,18 @@ class InternVideo3(nn.Module):
             self.visual = VisionTower(c.vision_config, run)
 
     def encode(self, batch: Batch) -> VisualFeatures | None:
-        """The vision tokens of a batch, None if it holds no patches."""
-        if batch.patches is None:
-            return None
-        return self.visual(batch.patches, batch.patch_coords, batch.patch_segment_ids)
+        """The vision tokens of a batch, of its patches and then its features; None if it holds neither."""
+        parts = []
+        if batch.patches is not None:
+            parts.append(self.visual(batch.patches, batch.patch_coords, batch.patch_segment_ids))
+        if batch.features is not None:
+            parts.append(_ready(batch.features, self.run.dtype))
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        return VisualFeatures(
+            jnp.concatenate([part.tokens for part in parts], axis=1),
+            jnp.concatenate([part.deepstack.astype(self.run.dtype) for part in parts], axis=2),
+        )
 
     def __call__(
         self, batch: Batch, visual: VisualFeatures | None = None, cache: Cache | None = None
@@ -57,7 +68,7 @@ class InternVideo3(nn.Module):
         """Runs the decoder over a batch.
 
         Args:
-            batch: tokens, and patches unless `visual` is given.
+            batch: tokens, and patches or features unless `visual` is given.
             visual: features from `encode`, so that a prompt fed in chunks is looked at once.
             cache: the tokens before these; each row's new tokens follow its own length.
         """
@@ -85,16 +96,37 @@ class InternVideo3(nn.Module):
         return self.logits(self(batch).hidden[:, -1:])
 
 
+def _ready(features: Array, dtype: DType) -> VisualFeatures:
+    """(B, N, 1+K, D) features as the tower would have returned them."""
+    features = constrain(jnp.asarray(features, dtype), "batch", None, None, "hidden")
+    return VisualFeatures(features[:, :, 0], jnp.moveaxis(features[:, :, 1:], 2, 0))
+
+
 @lru_cache(maxsize=8)
 def boxed_params(model: InternVideo3) -> Any:
-    """Abstract parameters with their logical axes: shapes only, no memory. Traced once for each model."""
+    """Abstract parameters with their logical axes: shapes only, no memory. Traced once for each model.
+
+    Raises:
+        UserError: a target of `run.lora` is no linear layer of the model.
+    """
     batch = fake_batch(model.config, rows=1, length=8, chunks=1)
     init = partial(model.init, method="everything")
-    return jax.eval_shape(init, jax.random.key(0), batch)["params"]
+    params = jax.eval_shape(init, jax.random.key(0), batch)["params"]
+    how = model.run.lora
+    if how is not None and how.rank:
+        found = {"/".join(path[:-1]) for path in flatten_dict(params) if path[-1] == "lora_a"}
+        if lost := sorted(set(how.targets) - found):
+            raise UserError(f"lora.targets: {lost[0]!r} is no linear layer of the model")
+    return params
 
 
-def init_params(model: InternVideo3, rng: Array, shardings: Any = None) -> Params:
-    """New random parameters, each made where its sharding says."""
+def init_params(model: InternVideo3, rng: Array, shardings: Any = None, only: Sequence[str] = ()) -> Params:
+    """New random parameters, each made where its sharding says.
+
+    Args:
+        shardings: of the parameters that are made.
+        only: names of leaves, such as lora_a; none but these are made then.
+    """
     batch = fake_batch(model.config, rows=1, length=8, chunks=1)
 
     def make(key: Array) -> Params:
@@ -102,6 +134,8 @@ def init_params(model: InternVideo3, rng: Array, shardings: Any = None) -> Param
         layers = params["language_model"].get("layers")
         if layers is not None:
             layers["self_attn"] = zero_padding(model.config.text_config, layers["self_attn"])
+        if only:
+            params = unflatten_dict({k: x for k, x in flatten_dict(params).items() if k[-1] in only})
         return params
 
     return jax.jit(make, out_shardings=shardings)(rng)

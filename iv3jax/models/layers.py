@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from iv3jax import ops
 from iv3jax.errors import UserError
 from iv3jax.models import quantized
-from iv3jax.sharding import constrain
-from iv3jax.typing import Array, DType
+from iv3jax.models.lora import Lora, addition
+from iv3jax.sharding import constrain, gathered
+from iv3jax.typing import Array, DType, Params
 
 REMAT_POLICIES = {
     "none": None,
@@ -30,12 +31,13 @@ class Execution:
         dtype: dtype of activations and products. Softmax, norms and rotary angles are always fp32.
         param_dtype: dtype in which new parameters are made.
         remat: a key of REMAT_POLICIES, applied to each decoder layer and vision block.
-        patches_per_step: patches the vision tower works on at a time (at least one chunk).
+        patches_per_step: patches the vision tower works on at a time on a device (at least one chunk).
         scan_layers: whether the decoder's layers are one scanned stack, which compiles in seconds at any
             depth, or stand alone, each with parameters and cache of its own. On a CPU and a GPU XLA copies
             a layer's slice of a stack before it multiplies, which on a CPU halves the speed of decoding.
         weights: how the kernels of every Linear are stored: None as floats of `param_dtype`, else a key of
             quantized.FORMATS. A quantised model is for inference, and for training something beside it.
+        lora: low-rank additions to some Linears, to be trained beside their kernels; None or rank 0: none.
         implementation: of M²LA's operations (kernels_pallas): None takes the chip's kernels where they
             accept the shapes, else XLA; "xla", "tpu" or "gpu" is taken or refused. On a CPU the kernels run
             interpreted, which is for tests.
@@ -47,6 +49,7 @@ class Execution:
     patches_per_step: int = 16384
     scan_layers: bool = True
     weights: str | None = None
+    lora: Lora | None = None
     implementation: str | None = None
 
     def __post_init__(self) -> None:
@@ -58,11 +61,30 @@ class Execution:
             names = ", ".join(ops.IMPLEMENTATIONS)
             raise UserError(f"implementation {self.implementation!r} is not one of {names}")
 
+    def within(self, *path: str) -> "Execution":
+        """For a module that stands alone, whose parameters are those at `path` of a whole model."""
+        if self.lora is None or not path:
+            return self
+        inside = "/".join(path) + "/"
+        targets = tuple(t.removeprefix(inside) for t in self.lora.targets if t.startswith(inside))
+        low = dataclasses.replace(self.lora, targets=targets) if targets else None
+        return dataclasses.replace(self, lora=low)
+
     def checkpointed(self, layer: type[nn.Module]) -> type[nn.Module]:
         """The layer class under the remat policy, for use inside a scan."""
         if self.remat == "none":
             return layer
         return nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+
+
+def compute_kernels(params: Params, dtype: DType) -> Params:
+    """The parameters with kernels and tables in the dtype of computing, in which modules use them anyway."""
+
+    def cast(path: tuple, x: Array) -> Array:
+        return x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x
+
+    cast_all: Params = jax.tree_util.tree_map_with_path(cast, params)
+    return cast_all
 
 
 class Linear(nn.Module):
@@ -72,7 +94,8 @@ class Linear(nn.Module):
     as in checkpoints: a CPU reads such a kernel a quarter faster when there is one token to decode, one that
     is also used the other way round (kv_b_proj) is used as it lies, and loading moves no axis. New biases are
     normal with `bias_scale` as their standard deviation. With `run.weights`, kernel_codes and kernel_scale
-    are there instead of kernel (quantized.py says how), and new ones are uniform.
+    are there instead of kernel (quantized.py says how), and new ones are uniform. A target of `run.lora` has
+    lora_a and lora_b as well (lora.py).
     """
 
     in_shape: tuple[int, ...]
@@ -117,11 +140,30 @@ class Linear(nn.Module):
                 self.out_shape,
                 self.run.param_dtype,
             )
+        if (low := self._lora) is not None:
+            self.lora_a = self.param(
+                "lora_a",
+                nn.with_logical_partitioning(nn.initializers.normal(std), (None, *self.in_axes)),
+                (low.rank, *self.in_shape),
+                jnp.float32,
+            )
+            self.lora_b = self.param(
+                "lora_b",
+                nn.with_logical_partitioning(nn.initializers.zeros, (*self.out_axes, None)),
+                (*self.out_shape, low.rank),
+                jnp.float32,
+            )
 
     @property
     def rows(self) -> int:
         """Numbers that go into each product."""
         return math.prod(self.in_shape)
+
+    @property
+    def _lora(self) -> Lora | None:
+        """What is added to this layer's kernel."""
+        how = self.run.lora
+        return how if how is not None and how.rank and "/".join(self.path) in how.targets else None
 
     def __call__(self, x: Array) -> Array:
         y = self.product(x, self.run.dtype)
@@ -133,22 +175,37 @@ class Linear(nn.Module):
         x = x.reshape(*lead, self.rows)
         if self.run.weights is not None:
             y = quantized.matmul(x, self.kernel_codes, self.kernel_scale, self.run.weights, self.run.dtype)
-            return y.astype(dtype)
+            y = y.astype(dtype)
+        else:
+            kernel = gathered(self.kernel.astype(self.run.dtype), *self.out_axes, *self.in_axes)
+            y = self._times(x, kernel, dtype).reshape(*lead, *self.out_shape)
+        if (how := self._lora) is not None:
+            inner = self._times(x, self.lora_a, jnp.float32) * how.scale
+            y = y + self._times(inner, self.lora_b, dtype).reshape(y.shape)
+        return y
+
+    def _times(self, x: Array, kernel: Array, dtype: DType) -> Array:
+        """x (…, K) · kernelᵀ → (…, N) in `dtype`, whatever axes K and N are in the kernel."""
         # As a plain matrix: a product over several axes is one that XLA on a CPU copies the kernel for.
-        kernel = self.kernel.astype(self.run.dtype).reshape(-1, self.rows)
-        y = ops.product(x.astype(self.run.dtype), kernel, dtype)
-        return y.reshape(*lead, *self.out_shape)
+        kernel = kernel.astype(self.run.dtype).reshape(-1, x.shape[-1])
+        return ops.product(x.astype(self.run.dtype), kernel, dtype)
 
     def dense(self, x: Array) -> tuple[Array, Array | None]:
         """Kernel (*out_shape, *in_shape) and bias in the dtype of computing, for other products with x."""
         bias = self.bias.astype(self.run.dtype) if self.use_bias else None
+        how = self._lora
         if self.run.weights is None:
-            return self.kernel.astype(self.run.dtype), bias
-        codes = quantized.here(x, self.kernel_codes)
-        kernel = quantized.dequantize(codes, self.kernel_scale, self.rows, self.run.weights, self.run.dtype)
-        kernel = kernel.reshape(*self.in_shape, *self.out_shape)
-        inward = tuple(range(len(self.in_shape)))
-        return jnp.moveaxis(kernel, inward, [i - len(inward) for i in inward]), bias
+            kernel = self.kernel
+        else:
+            codes = quantized.here(x, self.kernel_codes)
+            dtype = self.run.dtype if how is None else jnp.float32
+            kernel = quantized.dequantize(codes, self.kernel_scale, self.rows, self.run.weights, dtype)
+            kernel = kernel.reshape(*self.in_shape, *self.out_shape)
+            inward = tuple(range(len(self.in_shape)))
+            kernel = jnp.moveaxis(kernel, inward, [i - len(inward) for i in inward])
+        if how is not None:
+            kernel = kernel.astype(jnp.float32) + addition(self.lora_a, self.lora_b, how.scale)
+        return kernel.astype(self.run.dtype), bias
 
 
 class Embedding(nn.Module):

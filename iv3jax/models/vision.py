@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from iv3jax import ops
 from iv3jax.models.config import VisionConfig
-from iv3jax.models.layers import Embedding, Execution, LayerNorm, Linear
+from iv3jax.models.layers import Embedding, Execution, LayerNorm, Linear, compute_kernels
+from iv3jax.models.parts import mapped
 from iv3jax.models.rope import Rope, rotate, vision_rope
-from iv3jax.sharding import constrain
-from iv3jax.typing import Array
+from iv3jax.sharding import constrain, whole_parts, with_weights
+from iv3jax.typing import Array, Params
 
 
 class VisualFeatures(NamedTuple):
@@ -86,19 +87,19 @@ class PatchMerger(nn.Module):
 
 
 class _TowerStep(nn.Module):
-    """The tower over F chunks at once: one step of the scan that bounds its memory."""
+    """The tower over F chunks at once."""
 
     config: VisionConfig
     run: Execution = dataclasses.field(default_factory=Execution)
 
     @nn.compact
-    def __call__(self, carry: None, chunks: tuple[Array, Array, Array]) -> tuple[None, tuple[Array, Array]]:
+    def __call__(self, patches: Array, coords: Array, segment_ids: Array) -> tuple[Array, Array]:
+        """(F, C, P), (F, C, 4), (F, C) → tokens (F, C/merge², D) and levels (K, F, C/merge², D)."""
         c, run = self.config, self.run
-        patches, coords, segment_ids = chunks
         hidden = Linear(
             (c.patch_dim,), (c.hidden_size,), ("patch",), ("embed",), True, run, name="patch_embed"
         )(normalised(patches))
-        hidden = constrain(hidden + self._position_embedding(coords), "chunk_groups", None, None)
+        hidden = hidden + self._position_embedding(coords)
         rope = vision_rope(coords[..., 0], coords[..., 1], c.hidden_size // c.num_heads)
         taps = jnp.zeros((len(c.deepstack_visual_indexes), *hidden.shape), hidden.dtype)
         blocks = nn.scan(
@@ -112,14 +113,14 @@ class _TowerStep(nn.Module):
         (hidden, taps), _ = blocks((hidden, taps), jnp.arange(c.depth), rope, segment_ids)
         tokens = PatchMerger(c, False, run, name="merger")(hidden)
         if not c.deepstack_visual_indexes:
-            return None, (tokens, jnp.zeros((0, *tokens.shape), tokens.dtype))
+            return tokens, jnp.zeros((0, *tokens.shape), tokens.dtype)
         mergers = nn.vmap(
             PatchMerger,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return None, (tokens, mergers(c, True, run, name="deepstack_merger_list")(taps))
+        return tokens, mergers(c, True, run, name="deepstack_merger_list")(taps)
 
     def _position_embedding(self, coords: Array) -> Array:
         """Bilinear in the learned square table, corners aligned, upper neighbour clipped."""
@@ -149,36 +150,56 @@ class VisionTower(nn.Module):
     def __call__(self, patches: Array, coords: Array, segment_ids: Array) -> VisualFeatures:
         """(B, V, C, P), (B, V, C, 4), (B, V, C) → features of N = V·C/merge² tokens a row.
 
-        Chunks are independent, so the batch and chunk axes are one; it is split into steps of equal
-        size, and inside a step over every mesh axis.
+        Chunks are independent, so the batch and chunk axes are one, split over every mesh axis; each device
+        has the tower's weights whole and works off its chunks in steps.
         """
-        rows, chunks, per_chunk, _ = patches.shape
+        rows, chunks = patches.shape[:2]
         total = rows * chunks
-        steps = max(1, -(-total * per_chunk // self.run.patches_per_step))
-        steps = min(steps, total)
-        group = -(-total // steps)
+        padding = whole_parts("chunk_groups", total) - total
 
-        def stepped(x: Array) -> Array:
-            x = x.reshape(total, *x.shape[2:])
-            x = jnp.pad(x, [(0, steps * group - total)] + [(0, 0)] * (x.ndim - 1))
-            # Step s takes chunks s, s+steps, …: each device keeps the chunks it already holds.
-            x = x.reshape(group, steps, *x.shape[1:]).swapaxes(0, 1)
-            return constrain(x, None, "chunk_groups", *[None] * (x.ndim - 2))
+        def joined(x: Array) -> Array:
+            x = jnp.pad(x.reshape(total, *x.shape[2:]), [(0, padding)] + [(0, 0)] * (x.ndim - 2))
+            return constrain(x, "chunk_groups", *[None] * (x.ndim - 1))
 
-        step = nn.scan(_TowerStep, variable_broadcast="params", split_rngs={"params": False}, length=steps)(
-            self.config, self.run, name="tower"
-        )
-        _, (tokens, levels) = step(None, (stepped(patches), stepped(coords), stepped(segment_ids)))
+        given = (joined(patches), joined(coords), joined(segment_ids))
+        step = _TowerStep(self.config, self.run, name="tower")
+        if self.is_initializing():
+            tokens, levels = step(*given)
+        else:
+            inputs = [("chunk_groups", *[None] * (x.ndim - 1)) for x in given]
+            outputs = [("chunk_groups", None, None), (None, "chunk_groups", None, None)]
+            weights = compute_kernels(step.variables["params"], self.run.dtype)
+            tokens, levels = with_weights(self._in_steps, weights, inputs, outputs, *given)
 
         def restored(x: Array) -> Array:
-            """(steps, group, tokens, D) → (B, N, D)."""
-            x = x.swapaxes(0, 1).reshape(steps * group, *x.shape[2:])[:total]
-            return constrain(x.reshape(rows, -1, x.shape[-1]), "batch", None, "hidden")
+            """(chunks, tokens, D) → (B, N, D)."""
+            return constrain(x[:total].reshape(rows, -1, x.shape[-1]), "batch", None, "hidden")
 
         count = len(self.config.deepstack_visual_indexes)
         tokens = restored(tokens)
-        deepstack = [restored(levels[:, k]) for k in range(count)]
+        deepstack = [restored(levels[k]) for k in range(count)]
         return VisualFeatures(tokens, jnp.stack(deepstack) if count else jnp.zeros((0, *tokens.shape)))
+
+    def _in_steps(
+        self, weights: Params, patches: Array, coords: Array, segment_ids: Array
+    ) -> tuple[Array, Array]:
+        """A device's chunks → tokens (F, C/merge², D) and levels (K, F, C/merge², D)."""
+        count, per_chunk, _ = patches.shape
+        steps = min(count, -(-count * per_chunk // self.run.patches_per_step))
+        size = -(-count // steps)
+        module = _TowerStep(self.config, self.run.within(*self.path, "tower"), parent=None)
+
+        def stepped(x: Array) -> Array:
+            x = jnp.pad(x, [(0, steps * size - count)] + [(0, 0)] * (x.ndim - 1))
+            return x.reshape(steps, size, *x.shape[1:])
+
+        def one(weights: Params, part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            tokens, levels = module.apply({"params": weights}, *part)
+            return tokens, jnp.moveaxis(levels, 0, 1)
+
+        given = (stepped(patches), stepped(coords), stepped(segment_ids))
+        tokens, levels = (x.reshape(-1, *x.shape[2:])[:count] for x in mapped(one, weights, given))
+        return tokens, jnp.moveaxis(levels, 1, 0)
 
 
 def normalised(patches: Array) -> Array:

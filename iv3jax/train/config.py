@@ -6,9 +6,11 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
+from iv3jax.data.config import DataConfig, SourceConfig
 from iv3jax.errors import UserError
+from iv3jax.models.lora import Lora
 from iv3jax.train.optimizer import OptimizerConfig
 
 T = TypeVar("T")
@@ -42,29 +44,110 @@ class DigitsConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How many ways each axis of the mesh splits (`sharding.MESH_AXES`); one may be 0, for what is left.
+
+    Attributes:
+        data: replicas. fsdp: weights and rows. context: the sequence. tensor: heads and hidden units.
+    """
+
+    data: int = 0
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved.
+
+    Attributes:
+        every: steps between two checkpoints; 0: only at the end, and where the run is asked to stop.
+        keep: how many of the latest stay, beside the best one.
+    """
+
+    every: int = 0
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """The loss on samples that are not trained on; the checkpoint with the least of it is the best.
+
+    Attributes:
+        every: steps between two measurements; 0: none.
+        batches: how many, always the same ones.
+        sources: their samples.
+    """
+
+    every: int = 0
+    batches: int = 4
+    sources: tuple[SourceConfig, ...] = ()
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One supervised run.
 
     Attributes:
         preset: the model's shape, unless `init` has one.
-        init: a model folder or hub id to go on from, its shape included; empty: random weights.
+        init: where to start: a model folder or hub id, its shape included, or the folder of another run, whose
+            latest checkpoint it is; empty: random weights.
         steps: optimiser steps.
-        rows, length: rows of a batch over all devices, and tokens of a row.
-        chunks: temporal patches of a row.
+        rows: rows over all devices that are computed at one time. accumulate: so many times, for one step.
+        length: tokens of a row.
+        chunks: vision chunks of a row. chunk_patches: patches of a chunk, at least those of a temporal patch.
         seed: of the weights and of the data.
         remat: see `models.layers.REMAT_POLICIES`.
+        dtype: of computing; trained parameters are fp32.
+        reduction: "token", "sample" or "square" (SPEC §5).
+        frozen: patterns of checkpoint names (`model.visual.*`) that are not trained.
+        lora: train low-rank additions instead, and nothing else. weights: "int8" or "nf4" stores what they are
+            added to so; empty: in `dtype`.
+        on_nonfinite: "stop" ends the run where the loss is not finite, "skip" leaves that step out.
+        mesh, checkpoint, held_out, optimizer, data: see there.
+        digits: of the digit task, which is what a run without `data.sources` learns.
     """
 
     preset: str = "tiny"
     init: str = ""
     steps: int = 600
     rows: int = 16
+    accumulate: int = 1
     length: int = 256
     chunks: int = 32
+    chunk_patches: int = 4
     seed: int = 0
     remat: str = "none"
+    dtype: str = "float32"
+    reduction: str = "token"
+    frozen: tuple[str, ...] = ()
+    lora: Lora = field(default_factory=Lora)
+    weights: str = ""
+    on_nonfinite: str = "stop"
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     digits: DigitsConfig = field(default_factory=DigitsConfig)
+
+    def __post_init__(self) -> None:
+        choices = {
+            "reduction": ("token", "sample", "square"),
+            "on_nonfinite": ("stop", "skip"),
+            "dtype": ("float32", "bfloat16"),
+            "weights": ("", "int8", "nf4"),
+        }
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                listed = ", ".join(repr(x) for x in allowed)
+                raise UserError(f"{name} {value!r} is not one of {listed}")
+        for name in ("steps", "rows", "accumulate", "length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.weights and not self.lora.rank:
+            raise UserError(f"weights {self.weights!r} cannot be trained; set lora.rank to train beside them")
 
 
 def experiment(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -107,25 +190,39 @@ def build(cls: type[T], values: Mapping[str, Any], source: str) -> T:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, 1, 0.0)
             raise UserError(f"{source}: unknown field {key!r}; did you mean {near[0]!r}?")
-        kind = fields[key].type
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            if not isinstance(value, Mapping):
-                raise UserError(f"{source}.{key} has fields of its own, {value!r} is a single value")
-            made[key] = build(kind, value, f"{source}.{key}")
-        else:
-            made[key] = _checked(kind, value, f"{source}.{key}")
-    return cls(**made)
+        made[key] = _field(fields[key].type, value, f"{source}.{key}")
+    try:
+        return cls(**made)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except TypeError as error:
+        # A field without a default is missing.
+        raise UserError(f"{source}: {str(error).split(') ')[-1]}") from None
+
+
+def _field(kind: Any, value: Any, name: str) -> Any:
+    """A field's value: a dataclass of its own, or what `_checked` takes."""
+    if not (dataclasses.is_dataclass(kind) and isinstance(kind, type)):
+        return _checked(kind, value, name)
+    if not isinstance(value, Mapping):
+        raise UserError(f"{name} has fields of its own, {value!r} is a single value")
+    return build(kind, value, name)
 
 
 def _checked(kind: Any, value: Any, name: str) -> Any:
-    """One plain value of the annotated kind."""
+    """One value of the annotated kind."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is float and number:
         return float(value)
     if kind is int and number and value == int(value):
         return int(value)
-    if kind is str and isinstance(value, str):
+    if kind in (str, bool) and isinstance(value, kind):
         return value
-    if str(kind).startswith("tuple") and isinstance(value, list | tuple):
-        return tuple(float(v) for v in value)
-    raise UserError(f"{name}: {value!r} is no {getattr(kind, '__name__', kind)}")
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        inner, *more = get_args(kind)
+        if more == [Ellipsis] or len(value) == len(get_args(kind)):
+            kinds = [inner] * len(value) if more == [Ellipsis] else [inner, *more]
+            return tuple(
+                _field(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+            )
+    raise UserError(f"{name}: {value!r} is no {kind.__name__ if isinstance(kind, type) else kind}")

@@ -1,52 +1,40 @@
-"""The first trained model: the digit task's mixture, step by step, and the run that learns it."""
+"""The digit task's mixture, which changes from step to step: what the demo's first model learns from."""
 
 from collections.abc import Iterator
 
-import jax.numpy as jnp
 import numpy as np
 
-from iv3jax.checkpoint.load import LoadedModel, load
-from iv3jax.checkpoint.save import save
 from iv3jax.data.collate import collate
 from iv3jax.data.digits import Event, Task, ask_about, conversation, make_events, make_video, most_events
+from iv3jax.data.feed import Feed
 from iv3jax.data.packing import pack_rows
 from iv3jax.data.processor import Processor
 from iv3jax.data.sample import Sample
-from iv3jax.data.tokenizer import TINY_FOLDER
 from iv3jax.models.batch import Batch
-from iv3jax.models.internvideo3 import InternVideo3
-from iv3jax.models.layers import Execution
-from iv3jax.models.presets import preset
-from iv3jax.paths import AnyPath, PathArgument, make_path
-from iv3jax.sharding import make_mesh
 from iv3jax.train.config import DigitsConfig, TrainConfig
-from iv3jax.train.loop import train
+from iv3jax.train.feeds import StepFeed
 
 
-def train_digits(config: TrainConfig, out: PathArgument) -> AnyPath:
-    """Trains a model on the digit task and writes it to OUT/model, which it returns.
-
-    Raises:
-        UserError: `load`'s for `config.init`, or a loss that is not finite.
-    """
-    run = Execution(remat=config.remat)
-    if config.init:
-        start = load(config.init, dtype=jnp.float32, run=run)
-        model, given, folder = start.model, start.params, start.folder
-    else:
-        model, given, folder = InternVideo3(preset(config.preset), run), None, TINY_FOLDER
-    assert folder is not None, "only presets have none"
-    processor = Processor.from_dir(folder, model.config)
+def digit_feed(
+    config: TrainConfig, processor: Processor, state: np.ndarray | None, group: int, groups: int
+) -> Feed:
+    """The mixture's batches, which depend on the step alone, or one of `groups` equal parts of their rows."""
+    rows = config.rows * config.accumulate
 
     def batch_at(step: int) -> Batch:
         rng = np.random.default_rng([config.seed, step])
         stream = samples(rng, processor, config.digits, step / config.steps)
-        rows = pack_rows(stream, config.rows, config.length, config.chunks)
-        return collate(rows, model.config, length=config.length, chunks=config.chunks, chunk_patches=4)
+        packed = pack_rows(stream, rows, config.length, config.chunks)
+        part = packed[group * rows // groups : (group + 1) * rows // groups]
+        return collate(
+            part,
+            processor.config,
+            length=config.length,
+            chunks=config.chunks,
+            chunk_patches=config.chunk_patches,
+        )
 
-    title = "training on handwritten numbers in video"
-    params = train(model, config, batch_at, title, params=given)
-    return save(LoadedModel(model, params, folder, make_mesh()), make_path(out) / "model")
+    return StepFeed(batch_at, state)
 
 
 def samples(

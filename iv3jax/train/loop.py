@@ -1,161 +1,287 @@
-"""The training loop: batches in, parameters out, with a progress bar.
+"""The training loop of all stages: one state, one step, one feed; saved, stopped and gone on with exactly.
 
-Checkpoints and resuming are not here yet: a run is a few minutes long so far.
+A stage is a Job: what is made small, and where the batches come from. Resuming follows one order: the run's own
+latest checkpoint; else what `config.init` names (another run's checkpoint, a model folder); else random weights.
 """
 
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from jax.sharding import Mesh
 
 from iv3jax import ops
+from iv3jax.checkpoint.manager import Checkpoints
 from iv3jax.compiles import Stopwatch
+from iv3jax.data.feed import Fed, Feed
 from iv3jax.errors import UserError
-from iv3jax.models.batch import LOGICAL_AXES, Batch, dealt
-from iv3jax.models.internvideo3 import InternVideo3, boxed_params, init_params
-from iv3jax.sharding import make_mesh, param_shardings, partition_spec, zigzag
-from iv3jax.train.config import TrainConfig
-from iv3jax.train.loss import cross_entropy, reduced, token_weights
-from iv3jax.train.optimizer import make_optimizer
-from iv3jax.typing import Array, Params
+from iv3jax.models.internvideo3 import InternVideo3, boxed_params
+from iv3jax.sharding import make_mesh, param_shardings
+from iv3jax.train.changes import check_changes
+from iv3jax.train.config import MeshConfig, TrainConfig
+from iv3jax.train.display import Display
+from iv3jax.train.feeds import place_batch, place_lanes, row_group
+from iv3jax.train.metrics import MetricLog
+from iv3jax.train.objective import Objective
+from iv3jax.train.optimizer import learning_rate, make_optimizer
+from iv3jax.train.preempt import Preemption
+from iv3jax.train.profile import Profiler
+from iv3jax.train.state import TrainState, new_state, state_shapes
+from iv3jax.train.step import Metrics, make_step
+from iv3jax.train.trainable import join, split, trainable
+from iv3jax.typing import Params
 
-PLAIN_EVERY = 25
-"""Steps between two lines of progress where there is no terminal to draw a bar on."""
 
+@dataclass(frozen=True)
+class Job:
+    """What a run trains.
 
-def train(
-    model: InternVideo3,
-    config: TrainConfig,
-    batch_at: Callable[[int], Batch],
-    title: str,
-    mesh: Mesh | None = None,
-    params: Params | None = None,
-) -> Params:
-    """Trains a model.
-
-    Args:
-        batch_at: step → its batch, the same for the same step; called ahead, in a thread.
+    Attributes:
+        model, config: its shape and its numbers.
+        objective: what is made small.
+        open_feed: (state of this host's lanes, or None at the start; this host's part of the rows; number of
+            parts) → the batches.
+        start: shardings → whole parameters to begin with, made where they say.
         title: what the progress line begins with.
-        mesh: the devices to train on; None splits the rows of a batch over all there are.
-        params: where to start; None draws random ones.
+        held_out: opens the same batches of held-out samples each time, if the config wants them measured.
+    """
 
-    Returns:
-        The parameters after the last step.
+    model: InternVideo3
+    config: TrainConfig
+    objective: Objective
+    open_feed: Callable[[np.ndarray | None, int, int], Feed]
+    start: Callable[[Params], Params]
+    title: str
+    held_out: Callable[[], list[Any]] | None = None
+
+
+class Stopped(Exception):  # noqa: N818 — no error: the run was asked to stop, and can go on
+    """The run was asked to stop and has saved what it has.
+
+    Attributes:
+        step: steps that are done. exit_code: what the process should end with.
+    """
+
+    def __init__(self, step: int, exit_code: int) -> None:
+        super().__init__(f"stopped after step {step}; the same command goes on")
+        self.step, self.exit_code = step, exit_code
+
+
+def mesh_of(config: MeshConfig, devices: Any = None) -> Mesh:
+    """The mesh a config asks for; 0 takes what the others leave.
 
     Raises:
-        UserError: a loss that is not finite, naming the step.
+        UserError: sizes that do not multiply to the number of devices.
     """
-    mesh = make_mesh(data=jax.device_count(), fsdp=1) if mesh is None else mesh
-    if config.rows % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise UserError(f"rows {config.rows} is no multiple of the {parts} devices that share a batch")
-    boxed = boxed_params(model)
-    shardings = param_shardings(boxed, mesh)
-    if params is None:
-        params = init_params(model, jax.random.key(config.seed), shardings)
-    else:
-        # A copy: the steps overwrite their own in place.
-        params = jax.device_put(params, shardings, may_alias=False)
-    optimizer = make_optimizer(config.optimizer, config.steps, boxed)
-    state = jax.jit(optimizer.init)(params)
-    update = jax.jit(partial(_step, model, optimizer), donate_argnums=(0, 1))
-    watch = Stopwatch()
-    tokens = 0
-    with jax.set_mesh(mesh), _Display(title, config.steps) as display:
-        for step, batch in enumerate(_ahead(batch_at, config.steps)):
-            tokens += int(np.sum(batch.segment_ids != 0))
-            if (parts := mesh.shape["context"]) > 1:
-                batch = dealt(batch, zigzag(batch.input_ids.shape[1], parts))
-            batch = jax.device_put(batch, _shardings(batch, mesh))
-            params, state, loss = update(params, state, batch)
-            if not np.isfinite(loss):
-                raise UserError(f"the loss is {float(loss)} at step {step}; lower the learning rate")
-            display.show(step + 1, float(loss), tokens / watch.seconds)
-            if step == 0:
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(config)
+    if zeros := [axis for axis, size in sizes.items() if size == 0]:
+        if len(zeros) > 1:
+            raise UserError(f"mesh: {' and '.join(zeros)} are 0; only one axis can take what is left")
+        named = math.prod(size for size in sizes.values() if size)
+        if named < 1 or len(devices) % named:
+            raise UserError(f"mesh {sizes}: {named} does not divide the {len(devices)} devices there are")
+        sizes[zeros[0]] = len(devices) // named
+    return make_mesh(devices, **sizes)
+
+
+def train(job: Job, mesh: Mesh | None = None, out: Path | None = None) -> Params:
+    """Trains a model, going on from the latest checkpoint of OUT if there is one.
+
+    Args:
+        mesh: the devices to train on; None takes the config's over all there are.
+        out: for checkpoints and metrics; None keeps nothing.
+
+    Returns:
+        The whole parameters after the last step, those that were not trained included.
+
+    Raises:
+        Stopped: by SIGTERM or an interrupt, with everything saved.
+        UserError: a loss that is not finite, naming step and samples; a checkpoint of another run; what the mesh
+            does not divide.
+    """
+    run = _Run(job, mesh_of(job.config.mesh) if mesh is None else mesh, out)
+    with ExitStack() as stack, jax.set_mesh(run.mesh):
+        return run.all_steps(stack)
+
+
+class _Run:
+    """One call of `train`: the objects that all its steps share."""
+
+    def __init__(self, job: Job, mesh: Mesh, out: Path | None) -> None:
+        config = job.config
+        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        if config.rows % parts:
+            raise UserError(f"rows {config.rows} is no multiple of the {parts} devices that share a batch")
+        self.job, self.mesh, self.out = job, mesh, out
+        self.boxed = boxed_params(job.model)
+        self.shardings = param_shardings(self.boxed, mesh)
+        self.trained = trainable(job.model, config.frozen)
+        self.optimizer = make_optimizer(config.optimizer, config.steps, split(self.boxed, self.trained)[0])
+        self.lr = learning_rate(config.optimizer, config.steps)
+        self.lead = jax.process_index() == 0
+
+    def all_steps(self, stack: ExitStack) -> Params:
+        config, job = self.job.config, self.job
+        checkpoints = None
+        if self.out is not None:
+            checkpoints = Checkpoints(self.out, config.checkpoint.keep)
+            stack.callback(checkpoints.close)
+        state, frozen, lanes = self._begin(checkpoints)
+        done = int(state.step)
+        feed = job.open_feed(lanes, *row_group(self.mesh))
+        stack.callback(feed.close)
+        log = None
+        if self.out is not None and self.lead:
+            log = MetricLog(self.out, done, dataclasses.asdict(config))
+            stack.callback(log.close)
+        display = stack.enter_context(Display(job.title, config.steps, done, quiet=not self.lead))
+        # A run that keeps nothing is stopped as any program is.
+        preemption = None if checkpoints is None else stack.enter_context(Preemption())
+        profiler = stack.enter_context(Profiler(self.out))
+        places = split(self.shardings, self.trained)[0]
+        step = jax.jit(
+            make_step(self.optimizer, job.objective, config.accumulate, places), donate_argnums=(0,)
+        )
+        meter = _Meter(self.lr, config.on_nonfinite)
+        held_out = _HeldOut(job, frozen) if job.held_out is not None and config.held_out.every else None
+        fed: Fed | None = None
+        for number in range(done, config.steps):
+            profiler.at(number)
+            fed = next(feed)
+            state, metrics = step(state, frozen, place_batch(fed.batch, self.mesh))
+            if number == done:
                 display.say(f"kernels: {ops.log_line()}")
-    return params
+            # One step late, so that the devices never wait for the host to look.
+            self._report(meter.push(number + 1, metrics, fed), log, display)
+            measured = None
+            if held_out is not None and (
+                (number + 1) % config.held_out.every == 0 or number + 1 == config.steps
+            ):
+                self._report(meter.flush(), log, display)
+                measured = held_out(state.params)
+                display.say(f"{job.title}: step {number + 1} held-out loss {measured:.4f}")
+                if log is not None:
+                    log.write(number + 1, {"held_out_loss": measured})
+            stop = preemption is not None and preemption.requested(number + 1)
+            due = config.checkpoint.every and (number + 1) % config.checkpoint.every == 0
+            if checkpoints is not None and (
+                stop or due or measured is not None or number + 1 == config.steps
+            ):
+                # What is saved has been looked at.
+                self._report(meter.flush(), log, display)
+                self._save(checkpoints, state, fed, number + 1, measured)
+            if preemption is not None and stop and number + 1 < config.steps:
+                raise Stopped(number + 1, preemption.exit_code)
+        self._report(meter.flush(), log, display)
+        return join(state.params, frozen)
 
-
-def supervised_loss(model: InternVideo3, params: Params, batch: Batch) -> Array:
-    """The mean cross-entropy of a batch's trained tokens."""
-    out = model.apply({"params": params}, batch)
-    if batch.labels is None:
-        raise ValueError("a batch without labels has no loss")
-    weights = token_weights(batch.labels, batch.segment_ids, "token")
-    return reduced(cross_entropy(model, params, out.hidden, batch.labels), weights)
-
-
-def _step(
-    model: InternVideo3, optimizer: optax.GradientTransformation, params: Params, state: Any, batch: Batch
-) -> tuple[Params, Any, Array]:
-    loss, gradients = jax.value_and_grad(partial(supervised_loss, model))(params, batch)
-    updates, state = optimizer.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, jnp.asarray(loss)
-
-
-def _shardings(batch: Batch, mesh: Mesh) -> Batch:
-    """Where each field of a batch goes."""
-    return Batch(
-        *(
-            None if value is None else NamedSharding(mesh, partition_spec(axes))
-            for value, axes in zip(batch, LOGICAL_AXES, strict=True)
+    def _begin(self, checkpoints: Checkpoints | None) -> tuple[TrainState, Params, np.ndarray | None]:
+        """State, frozen parameters and the feed's lanes: from the latest checkpoint, else the job's start."""
+        job, config = self.job, self.job.config
+        latest = None if checkpoints is None else checkpoints.latest
+        if checkpoints is None or latest is None:
+            params, frozen = split(job.start(self.shardings), self.trained)
+            # A copy: the steps overwrite their own in place.
+            params = jax.device_put(params, split(self.shardings, self.trained)[0], may_alias=False)
+            return new_state(params, self.optimizer, config.seed, self.mesh), frozen, None
+        check_changes(checkpoints.record(latest)["config"], config, checkpoints.folder)
+        boxed, untrained = split(self.boxed, self.trained)
+        frozen = split(job.start(self.shardings), self.trained)[1] if jax.tree.leaves(untrained) else {}
+        places = split(self.shardings, self.trained)[0]
+        restored = checkpoints.restore(
+            latest, state_shapes(boxed, places, self.optimizer, self.mesh), self.mesh
         )
-    )
+        group, groups = row_group(self.mesh)
+        lanes = np.split(restored.feed, groups)[group]
+        return TrainState(**restored.state), frozen, lanes
+
+    def _save(
+        self, checkpoints: Checkpoints, state: TrainState, fed: Fed, step: int, held_out: float | None
+    ) -> None:
+        record = {"config": dataclasses.asdict(self.job.config)}
+        checkpoints.save(state._asdict(), place_lanes(fed.state, self.mesh), record, step, held_out)
+
+    def _report(self, numbers: "_Numbers | None", log: MetricLog | None, display: Display) -> None:
+        if numbers is not None:
+            display.show(numbers.step, numbers.values)
+            if log is not None:
+                log.write(numbers.step, numbers.values)
 
 
-def _ahead(batch_at: Callable[[int], Batch], steps: int) -> Iterator[Batch]:
-    """Each step's batch, two of them being made while one is used."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(batch_at, step) for step in range(min(2, steps))]
-        for step in range(steps):
-            batch = waiting.pop(0).result()
-            if step + 2 < steps:
-                waiting.append(pool.submit(batch_at, step + 2))
-            yield batch
+@dataclass(frozen=True)
+class _Numbers:
+    step: int
+    values: dict[str, float]
 
 
-class _Display:
-    """A bar on a terminal, else a line every PLAIN_EVERY steps."""
+class _Meter:
+    """Turns metrics on the devices into numbers, one step behind, and refuses what is not finite."""
 
-    def __init__(self, title: str, steps: int) -> None:
-        self._title, self._steps, self._loss = title, steps, float("nan")
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f} · {task.fields[speed]:,.0f} tokens/s ·"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns) if sys.stdout.isatty() else None
+    def __init__(self, lr: Callable[[int], Any], on_nonfinite: str) -> None:
+        self._lr, self._skip = lr, on_nonfinite == "skip"
+        self._waiting: deque[tuple[int, Metrics, Fed]] = deque()
+        self._watch, self._tokens, self._waited, self._skipped = Stopwatch(), 0, 0.0, 0
 
-    def __enter__(self) -> "_Display":
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task(self._title, total=self._steps, loss=float("nan"), speed=0.0)
-        else:
-            print(f"{self._title}: {self._steps} steps", flush=True)
-        return self
+    def push(self, step: int, metrics: Metrics, fed: Fed) -> _Numbers | None:
+        """Takes a step's metrics, gives the one's before."""
+        before = self.flush()
+        self._waiting.append((step, metrics, fed))
+        return before
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    def flush(self) -> _Numbers | None:
+        """What is waiting, if there is."""
+        if not self._waiting:
+            return None
+        step, metrics, fed = self._waiting.popleft()
+        loss, norm, weight, applied = (float(x) for x in metrics)
+        if not applied:
+            self._skipped += 1
+            if not self._skip:
+                names = ", ".join(name for row in fed.names for name in row)
+                raise UserError(
+                    f"the loss is {loss}, its gradient's norm {norm}, at step {step - 1}; samples: {names}; lower "
+                    'the learning rate, look at the samples, or set on_nonfinite="skip"'
+                )
+        self._tokens += int(np.sum(fed.batch.segment_ids != 0))
+        self._waited += fed.waited
+        seconds = self._watch.seconds
+        values = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": float(self._lr(step - 1)),
+            "trained_tokens": weight,
+            "tokens_per_second": self._tokens * jax.process_count() / seconds,
+            "wait_share": self._waited / max(seconds, 1e-9),
+            "compiles": self._watch.compiles,
+            "skipped_steps": self._skipped,
+            "seconds": time.time(),
+        }
+        return _Numbers(step, values)
 
-    def say(self, text: str) -> None:
-        """A line of its own."""
-        (print if self._bar is None else self._bar.console.print)(text)
 
-    def show(self, step: int, loss: float, speed: float) -> None:
-        """Reports a finished step; the loss shown is smoothed over about 20 steps."""
-        self._loss = loss if np.isnan(self._loss) else 0.95 * self._loss + 0.05 * loss
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, loss=self._loss, speed=speed)
-        elif step % PLAIN_EVERY == 0 or step == self._steps:
-            text = f"{self._title}: step {step}/{self._steps} loss {self._loss:.3f} {speed:,.0f} tokens/s"
-            print(text, flush=True)
+class _HeldOut:
+    """The objective on held-out batches that stay on the devices' host."""
+
+    def __init__(self, job: Job, frozen: Params) -> None:
+        assert job.held_out is not None
+        self._batches, self._frozen = job.held_out(), frozen
+
+        def sums(params: Params, frozen: Params, batch: Any) -> tuple[Any, Any]:
+            weights = job.objective.weights(batch)
+            losses = job.objective.losses(join(params, frozen), batch, jax.random.key(0))
+            return (losses * weights).sum(), weights.sum()
+
+        self._sums = jax.jit(sums)
+
+    def __call__(self, params: Params) -> float:
+        found = [self._sums(params, self._frozen, batch) for batch in self._batches]
+        return float(sum(float(x) for x, _ in found) / max(sum(float(y) for _, y in found), 1e-30))

@@ -1,5 +1,6 @@
 """The supervised objective: chunked cross-entropy in fp32 and its three reductions (SPEC §5)."""
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -7,6 +8,9 @@ import jax.numpy as jnp
 
 from iv3jax.models.batch import IGNORE_LABEL
 from iv3jax.models.internvideo3 import InternVideo3
+from iv3jax.models.layers import compute_kernels
+from iv3jax.models.parts import mapped
+from iv3jax.sharding import MESH_AXES, with_weights
 from iv3jax.typing import Array, Params
 
 Reduction = Literal["token", "sample", "square"]
@@ -24,16 +28,27 @@ def cross_entropy(model: InternVideo3, params: Params, hidden: Array, labels: Ar
     Returns:
         (B, T) fp32. Logits are made LOGIT_CHUNK tokens at a time, and again in the backward pass.
     """
+    name = "embed_tokens" if model.config.text_config.tie_word_embeddings else "lm_head"
+    head = compute_kernels({name: params[name]}, model.run.dtype)
+    tokens = ("batch", "sequence")
+    # Tensor-parallel heads keep their part of the vocabulary.
+    over = tuple(axis for axis in MESH_AXES if axis != "tensor")
+    losses = partial(_cross_entropy, model)
+    out: Array = with_weights(losses, head, [(*tokens, None), tokens], [tokens], hidden, labels, over=over)
+    return out
+
+
+def _cross_entropy(model: InternVideo3, head: Params, hidden: Array, labels: Array) -> Array:
+    """One device's tokens, with the parameters that logits are made of."""
     rows, length, width = hidden.shape
     chunk = min(LOGIT_CHUNK, length)
     padding = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     padded = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORE_LABEL)
 
-    @jax.checkpoint
-    def one(part: tuple[Array, Array]) -> Array:
+    def one(head: Params, part: tuple[Array, Array]) -> Array:
         hidden, labels = part
-        logits = model.apply({"params": params}, hidden, method="logits")
+        logits = model.apply({"params": head}, hidden, method="logits")
         chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
         loss = jax.nn.logsumexp(logits, axis=-1) - chosen
         return jnp.where(labels == IGNORE_LABEL, 0.0, loss)
@@ -42,7 +57,7 @@ def cross_entropy(model: InternVideo3, params: Params, hidden: Array, labels: Ar
         hidden.reshape(rows, -1, chunk, width).swapaxes(0, 1),
         padded.reshape(rows, -1, chunk).swapaxes(0, 1),
     )
-    return jax.lax.map(one, chunks).swapaxes(0, 1).reshape(rows, -1)[:, :length]
+    return mapped(one, head, chunks).swapaxes(0, 1).reshape(rows, -1)[:, :length]
 
 
 def token_weights(labels: Array, segment_ids: Array, reduction: Reduction) -> Array:

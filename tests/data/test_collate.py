@@ -107,8 +107,8 @@ def test_shapes_and_dtypes():
     assert batch.patch_coords.shape == (2, 2, 8, 4)
     assert batch.patch_segment_ids.shape == (2, 2, 8)
     assert batch.patches.dtype == np.uint8
-    assert batch.order is None
-    others = (a for f, a in batch._asdict().items() if f not in ("patches", "order"))
+    assert batch.order is None and batch.features is None
+    others = (a for f, a in batch._asdict().items() if f not in ("patches", "order", "features"))
     assert {a.dtype for a in others} == {np.dtype(np.int32)}
 
 

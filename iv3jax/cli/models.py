@@ -1,52 +1,23 @@
-"""`iv3`: one short function per subcommand, all of them thin: what they do lives in the package."""
+"""`iv3 ask`, `export`, `convert`, `parity` and `shapes`: models and their folders."""
 
 import argparse
 import dataclasses
 import json
 import math
-import os
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iv3jax.cli.parse import Command
+from iv3jax.cli.source import load_model
 from iv3jax.errors import UserError
 
 if TYPE_CHECKING:
-    from iv3jax.checkpoint.load import LoadedModel
     from iv3jax.generate.ask import Answer
 
 _FILES = "texts (.txt, .md), conversations (.jsonl), pictures and videos like those the model is for"
 
-DEMO_MODEL = Path("runs/demo/model")
-"""Where launch/demo.sh leaves the model it trains, below the checkout."""
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; a UserError becomes one line on stderr and exit code 2."""
-    args = _parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except UserError as error:
-        print(f"iv3: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # The reader of our output went away (`iv3 shapes … | head`): nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 130
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="iv3", description="InternVideo3 in JAX: ask a long video.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
-        return sub
-
+def add(command: Command) -> None:
+    """Adds these commands to the parser."""
     sub = command("ask", _ask, "Ask a question about a video or a picture.")
     sub.add_argument("video", help="a video or picture file")
     sub.add_argument("question")
@@ -114,26 +85,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--weights", help="count the bytes with the linear layers in int8 or nf4")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
-    sub = command("train", _train, "Train a model.")
-    sub.add_argument("--config", required=True, help="experiment: configs/NAME.py as NAME or NAME:VARIANT")
-    sub.add_argument("--out", required=True, help="folder; the trained model goes to OUT/model")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the experiment to change")
-
-    sub = command("bench", _bench, "Measure something, side by side with its control or peer.")
-    names = ["digits", "generate", "weights", "cache", "kernels", "tune", "export", "conversion"]
-    sub.add_argument("name", choices=names)
-    sub.add_argument(
-        "--model", help="model folder (default: what launch/demo.sh trained; conversion trains its own)"
-    )
-    sub.add_argument(
-        "--samples", type=int, help="held-out videos per row (default: 500 for digits, else 100)"
-    )
-    sub.add_argument("--seed", type=int, default=1, help="which held-out videos (default 1)")
-    sub.add_argument("--layers", type=int, default=4, help="export: decoder layers (default 4)")
-    sub.add_argument("--part", help="conversion: text (real weights) or video (tiny model); default both")
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
-
 
 def _ask(args: argparse.Namespace) -> int:
     from iv3jax.generate.ask import ask
@@ -148,7 +99,7 @@ def _ask(args: argparse.Namespace) -> int:
         raise UserError(f"{args.model}: this preset has no tokenizer, so it cannot be asked; tiny can")
     if args.cache_dtype not in (None, *CACHE_DTYPES):
         raise UserError(f"--cache-dtype {args.cache_dtype} is not one of {', '.join(CACHE_DTYPES)}")
-    model = _load(args.model, args.random_weights, args.weights)
+    model = load_model(args.model, args.random_weights, args.weights)
     answer = ask(
         model,
         args.video,
@@ -166,31 +117,6 @@ def _ask(args: argparse.Namespace) -> int:
     else:
         print(f"\n\n{_report(answer)}")
     return 0
-
-
-def _load(name: str | None, random_weights: bool = False, weights: str | None = None) -> "LoadedModel":
-    """The named model, or the demo's."""
-    import jax
-
-    from iv3jax.checkpoint.load import load
-    from iv3jax.models.layers import Execution
-
-    # Scanned layers compile sooner, but on all but a TPU XLA copies each one's weights before it uses them.
-    run = Execution(scan_layers=jax.default_backend() == "tpu")
-    return load(_source(name), run=run, random_weights=random_weights, weights=weights)
-
-
-def _source(name: str | None) -> str:
-    """The name, or the demo's folder."""
-    if name is not None:
-        return name
-    for root in (Path(), Path(__file__).parents[1]):
-        if (root / DEMO_MODEL).is_dir():
-            return str(root / DEMO_MODEL)
-    raise UserError(
-        f"no --model was named and {DEMO_MODEL} is not there; run `bash launch/demo.sh`, which trains it, "
-        "or name a model folder"
-    )
 
 
 def _report(answer: "Answer") -> str:
@@ -304,49 +230,3 @@ def _shapes(args: argparse.Namespace) -> int:
     print(f"weights: {shapes.weight_bytes:,} bytes in {form}")
     print(f"cache: {shapes.cache_bytes_per_token:,} bytes per token in bf16")
     return 0
-
-
-def _train(args: argparse.Namespace) -> int:
-    from iv3jax.train.config import experiment
-    from iv3jax.train.digits import train_digits
-
-    print(f"model written to {train_digits(experiment(args.config, args.overrides), args.out)}")
-    return 0
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from iv3jax.bench import cache, conversion, digits, export, generate, kernels, tune, weights
-
-    if args.name == "export":
-        result = export.bench_export(args.layers)
-        print(json.dumps(result) if args.json else export.format_table(result))
-        return int(not result["passed"])
-    if args.name == "conversion":
-        samples = 100 if args.samples is None else args.samples
-        result = conversion.bench_conversion(args.part, args.model, samples, args.seed)
-        print(json.dumps(result) if args.json else conversion.format_table(result))
-        return 0
-    if args.name == "generate":
-        result = generate.bench_generate()
-        print(json.dumps(result) if args.json else generate.format_table(result))
-        return 0
-    if args.name in ("weights", "cache"):
-        module, measure = {
-            "weights": (weights, weights.bench_weights),
-            "cache": (cache, cache.bench_cache),
-        }[args.name]
-        result = measure(_source(args.model), 100 if args.samples is None else args.samples, args.seed)
-        print(json.dumps(result) if args.json else module.format_table(result))
-        return 0
-    if args.name in ("kernels", "tune"):
-        result = kernels.bench_kernels() if args.name == "kernels" else tune.bench_tune()
-        module = kernels if args.name == "kernels" else tune
-        print(json.dumps(result) if args.json else module.format_table(result))
-        return 0
-    result = digits.bench_digits(_load(args.model), 500 if args.samples is None else args.samples, args.seed)
-    print(json.dumps(result) if args.json else digits.format_table(result))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,352 @@
+"""`iv3 plan`: the real step of an experiment, compiled for chips that are not here, and what it says of itself.
+
+Bytes and collectives are the compiler's. FLOPs are from formulas (flops.py), and the time is a model: peak numbers
+of the chip (chips.py), everything overlapped. Nothing is run and no weight exists. The table of all 8B stages is
+made in plan_table.py.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, NamedSharding
+
+from iv3jax.checkpoint.patterns import resolve
+from iv3jax.checkpoint.run_folder import shape_folder
+from iv3jax.chips import CHIPS, GIB, PEAKS, Topology, devices, refusal_bytes, topology
+from iv3jax.errors import UserError
+from iv3jax.hlo import collectives
+from iv3jax.models.batch import LOGICAL_AXES, Batch
+from iv3jax.models.config import ModelConfig
+from iv3jax.models.internvideo3 import InternVideo3, boxed_params
+from iv3jax.models.layers import Execution
+from iv3jax.models.presets import preset
+from iv3jax.sharding import param_shardings, partition_spec, unbox
+from iv3jax.train.config import TrainConfig
+from iv3jax.train.flops import Flops, flops_per_token
+from iv3jax.train.loop import mesh_of
+from iv3jax.train.objective import supervised
+from iv3jax.train.optimizer import make_optimizer
+from iv3jax.train.state import TrainState, state_shapes
+from iv3jax.train.step import make_step
+from iv3jax.train.trainable import split, trainable
+from kernels_pallas.choice import target
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step on one topology. Bytes are of one device.
+
+    Attributes:
+        topology, chip, devices: where. mesh: how it is split.
+        rows, accumulate, length: rows at one time over all devices, how many times, and tokens of a row.
+        fits: whether the program can run there: a TPU's compiler refuses what cannot, on a GPU the bytes are summed.
+        argument_bytes: parameters, the optimiser's state and the batch.
+        temporary_bytes: what the program needs besides, results that take no argument's place included; where the
+            compiler refuses, the bytes it names less the arguments; None if it names none.
+        limit_bytes: what the device has for a program.
+        collective_bytes_per_step: kind → bytes a device must at least receive, and their "total"; None where there
+            is no program.
+        flops_per_token: forward and backward, for each token of a row, one sample filling it.
+        executed_flops_per_token: with everything computed twice.
+        bound_seconds: a model's lower bound of a step's time: the longest of "compute", "memory" and "network" at
+            the chip's peak numbers.
+        tokens_per_second: that this bound allows on all devices together; None without a program.
+        advice: what to change where it does not fit.
+        compile_seconds: tracing, lowering and compiling here.
+    """
+
+    topology: str
+    chip: str
+    devices: int
+    mesh: dict[str, int]
+    rows: int
+    accumulate: int
+    length: int
+    fits: bool
+    argument_bytes: int
+    temporary_bytes: int | None
+    limit_bytes: int
+    collective_bytes_per_step: dict[str, int] | None
+    flops_per_token: float
+    executed_flops_per_token: float
+    bound_seconds: dict[str, float]
+    tokens_per_second: float | None
+    advice: tuple[str, ...]
+    compile_seconds: float
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step that can be compiled without its chips: what it is called with, as shapes with shardings.
+
+    Attributes:
+        function: (state, frozen parameters, batch) → (state, metrics).
+        model: what it trains. trained: the paths of the parameters that it does.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[TrainState, Any, Batch]
+    model: InternVideo3
+    mesh: Mesh
+    trained: frozenset[tuple[str, ...]]
+
+    def compiled(self, chip: str) -> Any:
+        """The program for that chip, a key of CHIPS."""
+        places = jax.tree.map(lambda x: x.sharding, self.arguments[0])
+        with target(CHIPS[chip]), jax.set_mesh(self.mesh):
+            step = jax.jit(self.function, donate_argnums=(0,), out_shardings=(places, None))
+            return step.lower(*self.arguments).compile()
+
+    @property
+    def argument_bytes(self) -> int:
+        """Of all arguments, on one device."""
+        leaves = jax.tree.leaves(self.arguments)
+        return sum(_size(x.sharding.shard_shape(x.shape), x.dtype) for x in leaves)
+
+
+def plan(config: TrainConfig, where: str, say: Callable[[str], None] | None = None) -> Plan:
+    """Compiles an experiment's step for a topology.
+
+    Args:
+        where: a topology's name, `v5p-128` (chips.topology).
+        say: takes lines about what is being done; None writes them to stderr.
+
+    Raises:
+        UserError: an unknown topology, a mesh or rows that do not fit it, or compilers that are missing.
+    """
+    say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+    place = topology(where)
+    step = planned(config, mesh_of(config.mesh, devices(place.chip, place.shape, place.slices)))
+    used = {axis: size for axis, size in step.mesh.shape.items() if size > 1}
+    say(f"iv3 plan: compiling the step for {where}: {place.count} chips as {used or 'one'}; this can take minutes")
+    start = time.perf_counter()
+    program, refused = None, ""
+    try:
+        program = step.compiled(place.chip)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refused = str(error)
+    seconds = time.perf_counter() - start
+    say(f"iv3 plan: {'refused' if program is None else 'compiled'} in {seconds:.0f} s")
+    return _plan(config, place, step, program, refused, seconds)
+
+
+def planned(config: TrainConfig, mesh: Mesh) -> Planned:
+    """The step that `iv3 train` would run, on a mesh of any devices.
+
+    Raises:
+        UserError: rows, or sizes of the model, that the mesh does not divide.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.rows % parts:
+        raise UserError(
+            f"rows {config.rows} is no multiple of the {parts} parts of a batch (mesh.data x mesh.fsdp); set rows "
+            f"to {parts} and accumulate to what gives the batch, or raise mesh.context"
+        )
+    model = planned_model(config)
+    boxed = boxed_params(model)
+    trained = trainable(model, config.frozen)
+    shardings = split(param_shardings(boxed, mesh), trained)
+    moving, still = split(boxed, trained)
+    optimizer = make_optimizer(config.optimizer, config.steps, moving)
+    state = TrainState(**state_shapes(moving, shardings[0], optimizer, mesh))
+    frozen = jax.tree.map(_placed, unbox(still), shardings[1])
+    objective = supervised(model, config.reduction)
+    function = make_step(optimizer, objective, config.accumulate, shardings[0])
+    batch = batch_shapes(config, model.config, mesh)
+    return Planned(function, (state, frozen, batch), model, mesh, trained)
+
+
+def planned_model(config: TrainConfig) -> InternVideo3:
+    """The experiment's model, of its preset or with the shape of the folder `init`."""
+    shape = ModelConfig.from_file(shape_folder(config.init)) if config.init else preset(config.preset)
+    compute = jnp.dtype(config.dtype).type
+    lora = resolve(config.lora, shape, True) if config.lora.rank else None
+    kept = compute if lora is not None else jnp.float32
+    how = Execution(compute, kept, config.remat, weights=config.weights or None, lora=lora)
+    return InternVideo3(shape, how)
+
+
+def batch_shapes(config: TrainConfig, shape: ModelConfig, mesh: Mesh) -> Batch:
+    """The batch of a step, shapes with shardings: all rows, with all the patches that they may have."""
+    rows, length = config.rows * config.accumulate, config.length
+    tokens = ((rows, length), jnp.int32)
+    fields: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(("input_ids", "segment_ids", "labels"), tokens)
+    fields["positions"] = ((3, rows, length), jnp.int32)
+    if mesh.shape["context"] > 1:
+        fields["order"] = tokens
+    if shape.vision_config is not None and config.chunks:
+        patches = (rows, config.chunks, config.chunk_patches)
+        fields |= {
+            "visual_index": tokens,
+            "patches": ((*patches, shape.vision_config.patch_dim), jnp.uint8),
+            "patch_coords": ((*patches, 4), jnp.int32),
+            "patch_segment_ids": (patches, jnp.int32),
+        }
+    return Batch(
+        **{
+            name: jax.ShapeDtypeStruct(
+                size, dtype, sharding=NamedSharding(mesh, partition_spec(getattr(LOGICAL_AXES, name)))
+            )
+            for name, (size, dtype) in fields.items()
+        }
+    )
+
+
+def _plan(
+    config: TrainConfig, place: Topology, step: Planned, program: Any, refused: str, seconds: float
+) -> Plan:
+    limit = PEAKS[place.chip].memory
+    arguments = step.argument_bytes
+    received: dict[str, int] | None = None
+    if program is None:
+        needed = refusal_bytes(refused)
+        temporary = None if needed is None else max(needed - arguments, 0)
+        fits = False
+    else:
+        memory = program.memory_analysis()
+        arguments = memory.argument_size_in_bytes
+        extra = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        temporary = memory.temp_size_in_bytes + extra
+        fits = place.chip != "h100" or arguments + temporary <= limit
+        received = {}
+        for one in collectives(program.as_text()):
+            received[one.kind] = received.get(one.kind, 0) + round(one.received)
+        received["total"] = sum(received.values())
+    flops = _flops(config, step)
+    bound = _bound(config, place, step, flops, None if received is None else received["total"])
+    tokens = config.rows * config.accumulate * config.length
+    return Plan(
+        topology=place.name,
+        chip=place.chip,
+        devices=place.count,
+        mesh=dict(step.mesh.shape),
+        rows=config.rows,
+        accumulate=config.accumulate,
+        length=config.length,
+        fits=fits,
+        argument_bytes=arguments,
+        temporary_bytes=temporary,
+        limit_bytes=limit,
+        collective_bytes_per_step=received,
+        flops_per_token=flops.training,
+        executed_flops_per_token=flops.executed,
+        bound_seconds=bound,
+        tokens_per_second=tokens / max(bound.values()) if program is not None else None,
+        advice=() if fits else advice(config, dict(step.mesh.shape), arguments, limit),
+        compile_seconds=seconds,
+    )
+
+
+def _flops(config: TrainConfig, step: Planned) -> Flops:
+    """Of the step's model, where a sample fills its row."""
+    chunks = config.rows * config.chunks / step.mesh.size
+    return flops_per_token(
+        step.model.config,
+        config,
+        config.length,
+        step.mesh.shape["context"],
+        steps_of_tower=2 if chunks * config.chunk_patches > step.model.run.patches_per_step else 1,
+        kernels=any(path[-1] == "kernel" and path[0] != "visual" for path in step.trained),
+        tower=any(path[0] == "visual" for path in step.trained),
+    )
+
+
+def _bound(
+    config: TrainConfig, place: Topology, step: Planned, flops: Flops, received: int | None
+) -> dict[str, float]:
+    """Seconds that each of a chip's limits asks for, alone, at its peak.
+
+    Memory's are the least there can be: state read and written once; the weights of a device's products written
+    once gathered and read for each pass, four with everything recomputed, in each accumulated part; the hidden
+    states between layers written and read once.
+    """
+    peak = PEAKS[place.chip]
+    text = step.model.config.text_config
+    tokens = config.rows * config.accumulate * config.length / place.count
+    passes = 5 if config.remat == "full" else 4
+    compute = jnp.dtype(config.dtype).itemsize
+    weights = sum(x.size for path, x in _leaves(step) if path[-1] in ("kernel", "kernel_codes"))
+    weights *= compute / step.mesh.shape["tensor"]
+    hidden = 2 * tokens * text.num_hidden_layers * text.hidden_size * compute
+    memory = 2 * step.argument_bytes + passes * config.accumulate * weights + hidden
+    seconds = {
+        "compute": tokens * flops.executed / peak.flops,
+        "memory": memory / peak.memory_bandwidth,
+    }
+    if received is not None:
+        seconds["network"] = received / place.network
+    return seconds
+
+
+def _leaves(step: Planned) -> list[tuple[tuple[str, ...], Any]]:
+    state, frozen, _ = step.arguments
+    return [*flatten_dict(state.params).items(), *flatten_dict(frozen).items()]
+
+
+def advice(config: TrainConfig, mesh: dict[str, int], arguments: int, limit: int) -> tuple[str, ...]:
+    """What to change in an experiment whose step does not fit, what costs least first."""
+    found = []
+    parts = mesh["data"] * mesh["fsdp"]
+    if config.remat != "full":
+        found.append("remat=full, which keeps nothing of a layer but its input")
+    if config.rows > parts:
+        rows, accumulate = parts, config.rows * config.accumulate // parts
+        found.append(f"rows={rows} accumulate={accumulate}, one row at a time on a device")
+    if config.dtype != "bfloat16":
+        found.append("dtype=bfloat16, which halves activations")
+    if arguments > limit // 4:
+        if mesh["data"] > 1:
+            found.append("mesh.data=1 and a larger mesh.fsdp: weights and moments over more devices")
+        if config.optimizer.moment_dtype != "bfloat16" and not config.lora.rank:
+            found.append("optimizer.moment_dtype=bfloat16, a sixth less of state")
+    if config.length // mesh["context"] > 4096:
+        found.append(f"mesh.context={2 * mesh['context']}, half as many tokens on a device, with half as many rows")
+    found.append("more chips, or a shorter length")
+    return tuple(found)
+
+
+def format_plan(made: Plan) -> str:
+    """The plan for people."""
+    gib = lambda size: "?" if size is None else f"{size / GIB:.2f}"  # noqa: E731
+    mesh = " x ".join(f"{axis} {size}" for axis, size in made.mesh.items() if size > 1) or "one device"
+    lines = [
+        f"{made.topology}: {made.devices} {made.chip} chips as {mesh}",
+        f"batch            {made.rows} rows x {made.accumulate} of {made.length} tokens",
+        f"fits             {'yes' if made.fits else 'no'}",
+        f"GiB a device     arguments {gib(made.argument_bytes)}, temporaries {gib(made.temporary_bytes)}, "
+        f"limit {gib(made.limit_bytes)}",
+        f"GFLOPs a token   {made.flops_per_token / 1e9:.1f}, {made.executed_flops_per_token / 1e9:.1f} with what is "
+        "computed again (formulas; a sample fills its row)",
+    ]
+    if made.collective_bytes_per_step is not None:
+        kinds = [f"{kind} {size / 1e9:.1f}" for kind, size in made.collective_bytes_per_step.items()]
+        lines.append(f"GB received      {', '.join(kinds)} (a device and step, from the program)")
+    if made.tokens_per_second is not None:
+        times = ", ".join(f"{name} {seconds:.2f}" for name, seconds in made.bound_seconds.items())
+        lines.append(f"seconds a step   at least {max(made.bound_seconds.values()):.2f}: a roofline model of peak "
+                     f"numbers, not measured ({times})")
+        lines.append(f"tokens/s         at most {made.tokens_per_second:,.0f} by that model")
+    lines += [f"to make it fit   {text}" for text in made.advice]
+    return "\n".join(lines)
+
+
+def as_json(made: Plan) -> dict[str, Any]:
+    """The plan as plain values."""
+    return dataclasses.asdict(made)
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _size(shape: tuple[int, ...], dtype: Any) -> int:
+    return jax.ShapeDtypeStruct(shape, dtype).size * jnp.dtype(dtype).itemsize

@@ -1,0 +1,154 @@
+"""From an experiment to a trained model: the door through which `iv3 train` and Python go."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from iv3jax import distributed
+from iv3jax.checkpoint.load import LoadedModel, load
+from iv3jax.checkpoint.patterns import resolve
+from iv3jax.checkpoint.run_folder import shape_folder
+from iv3jax.checkpoint.save import save, write_shape
+from iv3jax.data.feed import Feed
+from iv3jax.data.lanes import open_feed
+from iv3jax.data.processor import Processor
+from iv3jax.data.read import configured
+from iv3jax.data.tokenizer import TINY_FOLDER
+from iv3jax.errors import UserError
+from iv3jax.models.batch import Batch
+from iv3jax.models.config import ModelConfig
+from iv3jax.models.internvideo3 import InternVideo3, init_params
+from iv3jax.models.layers import Execution
+from iv3jax.models.presets import preset
+from iv3jax.paths import AnyPath, PathArgument, StorePath, make_path
+from iv3jax.train.config import TrainConfig
+from iv3jax.train.digits import digit_feed
+from iv3jax.train.feeds import place_batch, row_group
+from iv3jax.train.loop import Job, mesh_of, train
+from iv3jax.train.objective import supervised
+from iv3jax.typing import Params
+
+QUARANTINE = "quarantine.jsonl"
+"""Samples that could not be read, in OUT: named here, they are passed over from then on."""
+
+WITH_TOKENIZER = ("tiny", "tiny_gqa")
+"""Presets that the repository has a tokenizer for."""
+
+
+def run(config: TrainConfig, out: PathArgument) -> AnyPath:
+    """Trains a model and writes it to OUT/model, which it returns; goes on where OUT holds a run.
+
+    Raises:
+        Stopped: asked to stop, with everything saved; the same call goes on.
+        UserError: `load`'s for `config.init`, `train`'s, or sources that cannot be opened.
+    """
+    place = make_path(out)
+    if isinstance(place, StorePath):
+        raise UserError(
+            f"{place}: a run's folder must be local or mounted; copy its model to a store with iv3 export"
+        )
+    distributed.start()
+    mesh = mesh_of(config.mesh)
+    model, folder, start = begin(config)
+    processor = Processor.from_dir(folder, model.config)
+    job = Job(
+        model,
+        config,
+        supervised(model, config.reduction),
+        _feed_of(config, processor, place / QUARANTINE),
+        start,
+        "training",
+        _held_out_of(config, processor, place / QUARANTINE, mesh) if config.held_out.sources else None,
+    )
+    write_shape(place, model, folder)
+    params = train(job, mesh, place)
+    if jax.process_count() > 1:
+        return place
+    return save(LoadedModel(model, params, folder, mesh), place / "model")
+
+
+def begin(config: TrainConfig) -> tuple[InternVideo3, AnyPath, Callable[[Params], Params]]:
+    """The model, the folder of its tokenizer, and what makes its first parameters where shardings say.
+
+    Trained parameters are fp32; beside low-rank additions the others are of the dtype of computing.
+
+    Raises:
+        UserError: `load`'s; a preset that cannot be trained because it has no tokenizer.
+    """
+    how = Execution(remat=config.remat, lora=config.lora if config.lora.rank else None)
+    compute = jnp.dtype(config.dtype).type
+    kept = compute if how.lora is not None else jnp.float32
+    if config.init:
+        folder = shape_folder(config.init)
+        shape = ModelConfig.from_file(folder)
+    elif config.preset in WITH_TOKENIZER:
+        folder, shape = TINY_FOLDER, preset(config.preset)
+    else:
+        raise UserError(
+            f"preset {config.preset} has no tokenizer, so it cannot be trained from nothing; name a model folder "
+            f"as init, or one of {', '.join(WITH_TOKENIZER)}"
+        )
+    how = replace(
+        how,
+        dtype=compute,
+        param_dtype=kept,
+        lora=resolve(how.lora, shape, how.scan_layers),
+        weights=config.weights or None,
+    )
+    model = InternVideo3(shape, how)
+
+    def start(shardings: Params) -> Params:
+        if not config.init:
+            return init_params(model, jax.random.key(config.seed), shardings)
+        mesh = jax.tree.leaves(shardings)[0].mesh
+        return load(config.init, dtype=kept, mesh=mesh, run=how, weights=how.weights).params
+
+    return model, folder, start
+
+
+def _feed_of(
+    config: TrainConfig, processor: Processor, quarantine: AnyPath
+) -> Callable[[np.ndarray | None, int, int], Feed]:
+    """What opens the config's batches (`loop.Job.open_feed`)."""
+    if not config.data.sources:
+        return partial(digit_feed, config, processor)
+
+    def opened(state: np.ndarray | None, group: int, groups: int) -> Feed:
+        return open_feed(
+            config.data,
+            configured(processor, config.data),
+            processor.config,
+            rows=config.rows * config.accumulate,
+            host=group,
+            hosts=groups,
+            length=config.length,
+            chunks=config.chunks,
+            chunk_patches=config.chunk_patches,
+            seed=config.seed,
+            quarantine=quarantine,
+            state=state,
+        )
+
+    return opened
+
+
+def _held_out_of(
+    config: TrainConfig, processor: Processor, quarantine: AnyPath, mesh: Mesh
+) -> Callable[[], list[Batch]]:
+    """What reads the held-out batches, always the same ones, and places them."""
+    data = replace(config.data, sources=config.held_out.sources)
+    open_it = _feed_of(replace(config, data=data, accumulate=1), processor, quarantine)
+
+    def batches() -> list[Batch]:
+        feed = open_it(None, *row_group(mesh))
+        try:
+            return [place_batch(next(feed).batch, mesh) for _ in range(config.held_out.batches)]
+        finally:
+            feed.close()
+
+    return batches
