@@ -30,7 +30,8 @@ from iv3jax.data.processor import Processor
 from iv3jax.models.cache import init_cache
 from iv3jax.models.config import ModelConfig
 from iv3jax.train.config import DigitsConfig, experiment
-from iv3jax.train.digits import samples, train_digits
+from iv3jax.train.digits import samples
+from iv3jax.train.run import run
 
 SAMPLES, LENGTH, ROWS = 160, 240, 4
 """Of calibration: conversations about training videos, tokens of a row, rows of a batch."""
@@ -92,7 +93,7 @@ def bench_video(folder: Path, model: str | None, videos: int = 100, seed: int = 
 def _trained(folder: Path) -> Path:
     """A source of the demo's task and length."""
     if not (folder / "model").is_dir():
-        train_digits(experiment("digits", ["preset=tiny_gqa"]), folder)
+        run(experiment("digits", ["preset=tiny_gqa"]), folder)
     return folder / "model"
 
 
@@ -130,7 +131,7 @@ class _Bench:
         """The folder of what the demo's training makes of a model."""
         out = self._place(f"{name}, trained on")
         if not (out / "model").exists():
-            train_digits(experiment("digits", [*RECOVERY, f"init={init}"]), out)
+            run(experiment("digits", [*RECOVERY, f"init={init}"]), out)
         return str(out / "model")
 
     def _place(self, name: str) -> Path:

@@ -1,9 +1,9 @@
 """`iv3 bench train`: training steps of `tiny` on the digit videos, beside the same model in PyTorch.
 
-One process, fp32, AdamW, as many threads each as the machine has cores. Both take the same batches, one conversation
-about one video a row, and start from the same weights, so that their first losses agree. They take turns; the figures
-are medians over the rounds. Ours draws its batches from the feed that training uses, and waiting for it counts;
-PyTorch is handed tensors that are ready.
+One process, fp32, AdamW, as many threads each as the machine has cores. Both take the same batches, one
+conversation about one video a row, and start from the same weights, so that their first losses agree. They take
+turns; the figures are medians over the rounds. Ours draws its batches from the feed that training uses, and
+waiting for it counts; PyTorch is handed tensors that are ready.
 """
 
 import os
@@ -151,6 +151,8 @@ class _Torch:
         """A batch of ours as the arguments of the model, and its labels."""
         import torch
 
+        assert batch.patches is not None and batch.patch_segment_ids is not None
+        assert batch.visual_index is not None
         real = batch.patch_segment_ids.reshape(ROWS, -1) != 0
         pixels = batch.patches.reshape(ROWS, real.shape[1], -1)[real].astype(np.float32) / 127.5 - 1
         per_video = real.sum(axis=1) // 4

@@ -10,6 +10,7 @@ from iv3jax.checkpoint.dtypes import DTYPES, parse_dtype, torch_name
 from iv3jax.checkpoint.files import TensorFiles
 from iv3jax.checkpoint.folder import TOKENIZER, check_folder, small_files
 from iv3jax.checkpoint.load import LoadedModel, load
+from iv3jax.checkpoint.lora import merged
 from iv3jax.checkpoint.target import LocalTarget
 from iv3jax.checkpoint.upload import StoreTarget
 from iv3jax.checkpoint.write import Planned, compare, plan, write
@@ -60,7 +61,8 @@ def export(
     reads what lies there. Beside the parameters the host holds two copies of one tensor at most.
 
     Args:
-        source: a model in memory, or what `load` takes.
+        source: a model in memory, or what `load` takes. Low-rank additions are merged into the weights
+            (checkpoint/lora.py writes them by themselves).
         out_dir: a folder that does not exist or is empty, local or on a store.
         dtype: bfloat16, float16 or float32 for all tensors; None keeps each one's own.
         max_shard_size: most bytes of one file, as a number or with a unit (5GB, 500MB; powers of ten). A
@@ -84,7 +86,7 @@ def export(
     # Before the model is loaded, which may take long.
     target = _target(out, replace)
     try:
-        loaded = source if isinstance(source, LoadedModel) else _load(source, wanted, random_weights)
+        loaded = merged(source if isinstance(source, LoadedModel) else _load(source, wanted, random_weights))
         if loaded.model.run.weights is not None:
             raise UserError(
                 f"{place}: loaded with {loaded.model.run.weights} weights, which no longer are the model's; "

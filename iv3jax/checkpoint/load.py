@@ -162,14 +162,16 @@ def _load_run(
     leaves = flatten_dict(checkpoint.trained(model, mesh))
     if dtype is not None:
         leaves = {path: x if path[-1] in LEAVES else x.astype(dtype) for path, x in leaves.items()}
+    folder: AnyPath | None = checkpoint.shape
     if missing := set(flatten_dict(boxed_params(model))) - set(leaves):
         if settings["init"]:
-            rest = load(settings["init"], dtype=compute, mesh=mesh, run=run).params
+            base = load(settings["init"], dtype=compute, mesh=mesh, run=run)
+            rest, folder = base.params, base.folder
         else:
             key = jax.random.key(settings["seed"])
             rest = init_params(model, key, param_shardings(boxed_params(model), mesh))
         leaves |= {path: x for path, x in flatten_dict(rest).items() if path in missing}
-    return LoadedModel(model, unflatten_dict(leaves), checkpoint.shape, mesh)
+    return LoadedModel(model, unflatten_dict(leaves), folder, mesh)
 
 
 def check_dtypes(files: TensorFiles, expected: Sequence[Tensor], dtype: DType | None) -> dict[str, str]:

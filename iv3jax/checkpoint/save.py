@@ -12,9 +12,9 @@ from iv3jax.paths import AnyPath, PathArgument, make_path
 from iv3jax.sharding import make_mesh, unbox
 
 
-def save(loaded: LoadedModel, folder: PathArgument) -> AnyPath:
+def save(loaded: LoadedModel, folder: PathArgument, dtype: str | None = None) -> AnyPath:
     """Writes a model folder as `export` does, replacing an older one of that name; returns it."""
-    export(loaded, folder, replace=True)
+    export(loaded, folder, dtype=dtype, replace=True)
     return make_path(folder)
 
 

@@ -40,11 +40,16 @@ def add(command: Command) -> None:
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("export", _export, "Write a model as a folder that transformers and iv3 load.")
-    sub.add_argument("checkpoint", help="model folder, or preset with --random-weights")
+    sub.add_argument(
+        "checkpoint", help="model folder, run folder[@STEP|@best], or preset with --random-weights"
+    )
     sub.add_argument("out_dir", help="a new or empty folder, local or on a store (gs://, s3://)")
     sub.add_argument("--dtype", help="bfloat16, float16 or float32 (default: each tensor's own)")
     sub.add_argument("--max-shard-size", default="5GB", help="most bytes of a file of weights (default 5GB)")
     sub.add_argument("--verify", action="store_true", help="compare logits with torch, in fp32")
+    sub.add_argument(
+        "--adapter", action="store_true", help="write a run's low-rank additions alone, as PEFT does"
+    )
     sub.add_argument("--random-weights", action="store_true", help="allow a preset, with random weights")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -137,6 +142,13 @@ def _report(answer: "Answer") -> str:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.adapter:
+        from iv3jax.checkpoint.load import load
+        from iv3jax.checkpoint.lora import save_adapter
+
+        folder = save_adapter(load(args.checkpoint), args.out_dir)
+        print(json.dumps({"folder": str(folder)}) if args.json else f"written  {folder}")
+        return 0
     from iv3jax.checkpoint.export import export, summary
     from iv3jax.checkpoint.verify import TOLERANCE, require_torch, verify
 

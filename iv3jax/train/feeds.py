@@ -89,7 +89,8 @@ def _placed(local: np.ndarray, axes: tuple[str | None, ...], mesh: Mesh) -> Arra
     rows = local.shape[at]
     shape = (*local.shape[:at], rows * groups, *local.shape[at + 1 :])
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         start, stop, _ = index[at].indices(shape[at])
         inner = slice(start - group * rows, stop - group * rows)
         return local[(*index[:at], inner, *index[at + 1 :])]

@@ -122,7 +122,9 @@ def _backward(c: TextConfig) -> float:
 
 def _patch(c: VisionConfig, chunk: int) -> float:
     """Of the tower and its mergers, for one patch."""
-    block = 2.0 * (4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size) + 4.0 * c.hidden_size * chunk
+    block = (
+        2.0 * (4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size) + 4.0 * c.hidden_size * chunk
+    )
     merged = c.hidden_size * c.spatial_merge_size**2
     mergers = (1 + len(c.deepstack_visual_indexes)) * 2.0 * merged * (merged + c.out_hidden_size)
     return 2.0 * c.patch_dim * c.hidden_size + c.depth * block + mergers / c.spatial_merge_size**2

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from iv3jax.models.batch import Batch
 from iv3jax.models.internvideo3 import InternVideo3
@@ -22,13 +23,17 @@ class Objective:
     losses: Callable[[Params, Batch, Array], Array]
 
 
-def supervised(model: InternVideo3, reduction: Reduction = "token") -> Objective:
-    """Cross-entropy of the labelled tokens (SPEC §5), for continued pretraining and fine-tuning."""
+def supervised(model: InternVideo3, reduction: str = "token") -> Objective:
+    """Cross-entropy of the labelled tokens (SPEC §5), for continued pretraining and fine-tuning.
+
+    Args:
+        reduction: "token", "sample" or "square".
+    """
 
     def weights(batch: Batch) -> Array:
         if batch.labels is None:
             raise ValueError("a batch without labels has no loss")
-        return token_weights(batch.labels, batch.segment_ids, reduction)
+        return token_weights(batch.labels, batch.segment_ids, cast(Reduction, reduction))
 
     def losses(params: Params, batch: Batch, _: Array) -> Array:
         hidden = model.apply({"params": params}, batch).hidden

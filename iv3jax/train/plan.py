@@ -125,7 +125,9 @@ def plan(config: TrainConfig, where: str, say: Callable[[str], None] | None = No
     place = topology(where)
     step = planned(config, mesh_of(config.mesh, devices(place.chip, place.shape, place.slices)))
     used = {axis: size for axis, size in step.mesh.shape.items() if size > 1}
-    say(f"iv3 plan: compiling the step for {where}: {place.count} chips as {used or 'one'}; this can take minutes")
+    say(
+        f"iv3 plan: compiling the step for {where}: {place.count} chips as {used or 'one'}; this can take minutes"
+    )
     start = time.perf_counter()
     program, refused = None, ""
     try:
@@ -179,7 +181,9 @@ def batch_shapes(config: TrainConfig, shape: ModelConfig, mesh: Mesh) -> Batch:
     """The batch of a step, shapes with shardings: all rows, with all the patches that they may have."""
     rows, length = config.rows * config.accumulate, config.length
     tokens = ((rows, length), jnp.int32)
-    fields: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(("input_ids", "segment_ids", "labels"), tokens)
+    fields: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(
+        ("input_ids", "segment_ids", "labels"), tokens
+    )
     fields["positions"] = ((3, rows, length), jnp.int32)
     if mesh.shape["context"] > 1:
         fields["order"] = tokens
@@ -309,7 +313,9 @@ def advice(config: TrainConfig, mesh: dict[str, int], arguments: int, limit: int
         if config.optimizer.moment_dtype != "bfloat16" and not config.lora.rank:
             found.append("optimizer.moment_dtype=bfloat16, a sixth less of state")
     if config.length // mesh["context"] > 4096:
-        found.append(f"mesh.context={2 * mesh['context']}, half as many tokens on a device, with half as many rows")
+        found.append(
+            f"mesh.context={2 * mesh['context']}, half as many tokens on a device, with half as many rows"
+        )
     found.append("more chips, or a shorter length")
     return tuple(found)
 
@@ -332,8 +338,10 @@ def format_plan(made: Plan) -> str:
         lines.append(f"GB received      {', '.join(kinds)} (a device and step, from the program)")
     if made.tokens_per_second is not None:
         times = ", ".join(f"{name} {seconds:.2f}" for name, seconds in made.bound_seconds.items())
-        lines.append(f"seconds a step   at least {max(made.bound_seconds.values()):.2f}: a roofline model of peak "
-                     f"numbers, not measured ({times})")
+        lines.append(
+            f"seconds a step   at least {max(made.bound_seconds.values()):.2f}: a roofline model of peak "
+            f"numbers, not measured ({times})"
+        )
         lines.append(f"tokens/s         at most {made.tokens_per_second:,.0f} by that model")
     lines += [f"to make it fit   {text}" for text in made.advice]
     return "\n".join(lines)

@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 
 from iv3jax import distributed
 from iv3jax.checkpoint.load import LoadedModel, load
+from iv3jax.checkpoint.lora import save_adapter
 from iv3jax.checkpoint.patterns import resolve
 from iv3jax.checkpoint.run_folder import shape_folder
 from iv3jax.checkpoint.save import save, write_shape
 from iv3jax.data.feed import Feed
+from iv3jax.data.inspect import Report, inspect
 from iv3jax.data.lanes import open_feed
 from iv3jax.data.processor import Processor
 from iv3jax.data.read import configured
@@ -43,6 +45,9 @@ WITH_TOKENIZER = ("tiny", "tiny_gqa")
 def run(config: TrainConfig, out: PathArgument) -> AnyPath:
     """Trains a model and writes it to OUT/model, which it returns; goes on where OUT holds a run.
 
+    Low-rank additions are merged there, and written by themselves to OUT/adapter. Several hosts write
+    checkpoints only, and OUT is returned.
+
     Raises:
         Stopped: asked to stop, with everything saved; the same call goes on.
         UserError: `load`'s for `config.init`, `train`'s, or sources that cannot be opened.
@@ -66,10 +71,13 @@ def run(config: TrainConfig, out: PathArgument) -> AnyPath:
         _held_out_of(config, processor, place / QUARANTINE, mesh) if config.held_out.sources else None,
     )
     write_shape(place, model, folder)
-    params = train(job, mesh, place)
+    trained = LoadedModel(model, train(job, mesh, place), folder, mesh)
     if jax.process_count() > 1:
+        # Parameters are spread over the hosts: `iv3 export OUT` gathers them on one.
         return place
-    return save(LoadedModel(model, params, folder, mesh), place / "model")
+    if model.run.lora is not None:
+        save_adapter(trained, place / "adapter", replace=True)
+    return save(trained, place / "model", config.dtype)
 
 
 def begin(config: TrainConfig) -> tuple[InternVideo3, AnyPath, Callable[[Params], Params]]:
@@ -80,19 +88,10 @@ def begin(config: TrainConfig) -> tuple[InternVideo3, AnyPath, Callable[[Params]
     Raises:
         UserError: `load`'s; a preset that cannot be trained because it has no tokenizer.
     """
+    folder, shape = shape_of(config)
     how = Execution(remat=config.remat, lora=config.lora if config.lora.rank else None)
     compute = jnp.dtype(config.dtype).type
     kept = compute if how.lora is not None else jnp.float32
-    if config.init:
-        folder = shape_folder(config.init)
-        shape = ModelConfig.from_file(folder)
-    elif config.preset in WITH_TOKENIZER:
-        folder, shape = TINY_FOLDER, preset(config.preset)
-    else:
-        raise UserError(
-            f"preset {config.preset} has no tokenizer, so it cannot be trained from nothing; name a model folder "
-            f"as init, or one of {', '.join(WITH_TOKENIZER)}"
-        )
     how = replace(
         how,
         dtype=compute,
@@ -109,6 +108,43 @@ def begin(config: TrainConfig) -> tuple[InternVideo3, AnyPath, Callable[[Params]
         return load(config.init, dtype=kept, mesh=mesh, run=how, weights=how.weights).params
 
     return model, folder, start
+
+
+def shape_of(config: TrainConfig) -> tuple[AnyPath, ModelConfig]:
+    """The folder of the tokenizer, and the model's shape.
+
+    Raises:
+        UserError: no such model; a preset without a tokenizer.
+    """
+    if config.init:
+        folder = shape_folder(config.init)
+        return folder, ModelConfig.from_file(folder)
+    if config.preset in WITH_TOKENIZER:
+        return TINY_FOLDER, preset(config.preset)
+    raise UserError(
+        f"preset {config.preset} has no tokenizer, so it cannot be trained from nothing; name a model folder "
+        f"as init, or one of {', '.join(WITH_TOKENIZER)}"
+    )
+
+
+def inspect_data(config: TrainConfig, samples: int) -> Report:
+    """What the config's sources give (`iv3 data inspect`).
+
+    Raises:
+        UserError: a config without sources, or one whose sources cannot be opened.
+    """
+    if not config.data.sources:
+        raise UserError("data.sources: is empty; this experiment makes its data as it goes (data/digits.py)")
+    folder, shape = shape_of(config)
+    return inspect(
+        config.data,
+        Processor.from_dir(folder, shape),
+        length=config.length,
+        chunks=config.chunks,
+        chunk_patches=config.chunk_patches,
+        seed=config.seed,
+        samples=samples,
+    )
 
 
 def _feed_of(

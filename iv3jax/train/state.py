@@ -76,7 +76,7 @@ def state_shapes(
     whole = NamedSharding(mesh, PartitionSpec())
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    return TrainState(params, opt_state, shaped(step, whole), shaped(key, whole))._asdict()
+    return dict(params=params, opt_state=opt_state, step=shaped(step, whole), rng=shaped(key, whole))
 
 
 def _names(path: tuple) -> tuple[str, ...]:

@@ -80,10 +80,10 @@ def make_step(
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        kept = jax.tree.map(
+        params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        return TrainState(*kept, state.step + 1, state.rng), Metrics(
+        return TrainState(params, opt_state, state.step + 1, state.rng), Metrics(
             value, norm, weight, finite.astype(jnp.float32)
         )
 
