@@ -120,7 +120,9 @@ def topology(name: str) -> Topology:
     if not sign:
         slices, one = "1", name
     if one not in TOPOLOGIES or not slices.isdigit() or not int(slices):
-        raise UserError(f"topology {name!r} is unknown; there are {', '.join(TOPOLOGIES)}, and 2*NAME for two slices")
+        raise UserError(
+            f"topology {name!r} is unknown; there are {', '.join(TOPOLOGIES)}, and 2*NAME for two slices"
+        )
     known = TOPOLOGIES[one]
     if int(slices) > 1 and known.chip == "h100":
         raise UserError(f"topology {name!r}: H100s are not in slices; take h100x{known.count * int(slices)}")

@@ -152,7 +152,7 @@ def _sizes(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 def _group(line: str) -> int:
     """Devices of one group, in any of the ways that XLA writes groups; 1 where it writes none."""
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]* \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         # A part of an axis is 'name':(what is before it)size.
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])

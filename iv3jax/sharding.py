@@ -38,9 +38,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "positions": (),
     # activations
     "batch": ("data", "fsdp"),
+    "replicas": ("data",),
     "sequence": ("context",),
     "slots": ("context",),
     "hidden": (),
+    "hidden_parts": ("fsdp",),
     "act_heads": ("tensor",),
     "act_mlp": ("tensor",),
     "act_vocab": ("tensor",),
@@ -76,7 +78,9 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if shape[0] % slices:
-        raise UserError(f"mesh axis 'data' has size {shape[0]}; over {slices} slices it must be a multiple of that")
+        raise UserError(
+            f"mesh axis 'data' has size {shape[0]}; over {slices} slices it must be a multiple of that"
+        )
     if slices > 1:
         inside = (shape[0] // slices, *shape[1:])
         places = mesh_utils.create_hybrid_device_mesh(
@@ -236,7 +240,9 @@ def with_weights(
         in_specs=(PartitionSpec(), *(spec(names) for names in inputs)),
         out_specs=places if len(places) > 1 else places[0],
         # All axes are function's where the compiler would have nothing to split over the others.
-        axis_names=frozenset(MESH_AXES if all(mesh.shape[a] == 1 for a in set(MESH_AXES) - set(over)) else over),
+        axis_names=frozenset(
+            MESH_AXES if all(mesh.shape[a] == 1 for a in set(MESH_AXES) - set(over)) else over
+        ),
         check_vma=False,
     )(weights, *args)
 

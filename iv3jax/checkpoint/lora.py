@@ -16,12 +16,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
-from safetensors import SafetensorError
+from safetensors import SafetensorError, deserialize
 
-from iv3jax.checkpoint.dtypes import safetensors_name
+from iv3jax.checkpoint.dtypes import DTYPES, safetensors_name
 from iv3jax.checkpoint.files import collapse
 from iv3jax.checkpoint.load import LoadedModel, load
 from iv3jax.checkpoint.names import Entry, Tensor, lookup, tensors
@@ -213,11 +212,19 @@ def _placed(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 def _read_tensors(path: AnyPath) -> dict[str, np.ndarray]:
     try:
-        return safetensors.numpy.load(path.read_bytes())
+        held = dict(deserialize(path.read_bytes()))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    if odd := [name for name, part in held.items() if part["dtype"] not in DTYPES]:
+        raise UserError(
+            f"{path}: {odd[0]} has dtype {held[odd[0]]['dtype']}; supported are {', '.join(DTYPES)}"
+        )
+    return {
+        name: np.frombuffer(part["data"], DTYPES[part["dtype"]]).reshape(part["shape"])
+        for name, part in held.items()
+    }
 
 
 def _read_config(path: AnyPath) -> tuple[int, float]:

@@ -37,6 +37,7 @@ class DataConfig:
         fps, min_frames, max_frames: how a video is sampled (SPEC §5).
         image_pixels, video_pixels: least and most pixels of a picture, and of a whole video.
         add_vision_id: whether each item of media is numbered in the text (`chat.render`).
+        features: feature store (`iv3 data encode`) from which videos are taken; empty decodes them.
         look_ahead: samples that a row may pass over when it is filled; they are the next row's first.
         workers: processes that read samples; 0 reads in a thread of this one.
         timeout: seconds after which a sample is given up and named in the quarantine file.
@@ -49,6 +50,7 @@ class DataConfig:
     image_pixels: tuple[int, int] = (4 * 1024, 16384 * 4 * 1024)
     video_pixels: tuple[int, int] = (4 * 4 * 1024, 32768 * 4 * 1024)
     add_vision_id: bool = True
+    features: str = ""
     look_ahead: int = 8
     workers: int = 0
     timeout: float = 120.0

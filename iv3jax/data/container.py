@@ -45,7 +45,8 @@ def open_video(path: AnyPath, missing: int) -> Iterator[VideoStream]:
     # The prefix keeps a colon in a file name from being read as a protocol.
     file = f"file:{path}" if isinstance(path, Path) else path.open("rb")
     try:
-        container = av.open(file, "r")
+        # Names and comments in other encodings are none of ours, and must not end in an error.
+        container = av.open(file, "r", metadata_errors="replace")
     except FFmpegError:
         with path.open("rb") as file:
             unfinished = missing or _is_mp4(file.read(8))

@@ -160,8 +160,7 @@ def inspect(
             if not items:
                 shown = f"{reading.name}\n{render_mask(found, processor)}"
             tally.add(found, processor)
-            # Without its pixels: of a long video they fill gigabytes.
-            items.append(Item(i, reading.name, replace(found, patches=found.patches[:0].copy())))
+            items.append(Item(i, reading.name, _without_pixels(found)))
     finally:
         reader.close()
     rows = _rows(items, limits, config.look_ahead)
@@ -222,6 +221,12 @@ class _Tally:
         self.trained_tokens += int((sample.labels != IGNORE_LABEL).sum())
         self.frames += sum(media.frames for media in sample.media)
         self.longest = max(self.longest, len(sample))
+
+
+def _without_pixels(sample: Sample) -> Sample:
+    """What packing asks of a sample: the pixels or features of a long video fill gigabytes."""
+    features = tuple(None if one is None else one[:0].copy() for one in sample.features)
+    return replace(sample, patches=sample.patches[:0].copy(), features=features)
 
 
 def _rows(items: Sequence[Item], limits: Limits, look_ahead: int) -> list[tuple[Item, ...]]:

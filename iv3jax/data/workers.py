@@ -187,9 +187,9 @@ class _Process:
 
 def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
     """What a process does: tasks until the other end of its pipe is gone."""
-    # The trainer answers these, by closing us; a scheduler sends them to every process.
+    # A terminal sends it to every process; the trainer answers it, by closing us. (SIGTERM must end us: with
+    # it multiprocessing ends its processes at exit, and waits. A scheduler's costs a new start, no sample.)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         pipe.send(None)

@@ -27,9 +27,9 @@ class Preemption:
                 if preemption.requested(step):
                     save and leave with preemption.exit_code
 
-    A second Ctrl-C is Python's KeyboardInterrupt. Schedulers signal a job's data workers too: those must
-    ignore these signals, for the steps until the agreed one need their batches. To be entered after
-    `distributed.start` and on the main thread, as Python allows no other to handle signals.
+    A second Ctrl-C is Python's KeyboardInterrupt. Schedulers signal a job's data workers too, and the steps
+    until the agreed one need their batches: they must ignore the signal or be started again. To be entered
+    after `distributed.start` and on the main thread, as Python allows no other to handle signals.
     """
 
     def __init__(self) -> None:

@@ -15,28 +15,33 @@ from iv3jax.checkpoint.lora import save_adapter
 from iv3jax.checkpoint.patterns import resolve
 from iv3jax.checkpoint.run_folder import shape_folder
 from iv3jax.checkpoint.save import save, write_shape
+from iv3jax.data.features import FeatureStore
 from iv3jax.data.feed import Feed
 from iv3jax.data.inspect import Report, inspect
 from iv3jax.data.lanes import open_feed
 from iv3jax.data.processor import Processor
-from iv3jax.data.read import configured
 from iv3jax.data.tokenizer import TINY_FOLDER
 from iv3jax.errors import UserError
+from iv3jax.generate.encode import tower_fingerprint
 from iv3jax.models.batch import Batch
 from iv3jax.models.config import ModelConfig
-from iv3jax.models.internvideo3 import InternVideo3, init_params
+from iv3jax.models.internvideo3 import InternVideo3, boxed_params, init_params
 from iv3jax.models.layers import Execution
 from iv3jax.models.presets import preset
 from iv3jax.paths import AnyPath, PathArgument, StorePath, make_path
+from iv3jax.sharding import param_shardings
 from iv3jax.train.config import TrainConfig
 from iv3jax.train.digits import digit_feed
 from iv3jax.train.feeds import place_batch, row_group
 from iv3jax.train.loop import Job, mesh_of, train
 from iv3jax.train.objective import supervised
+from iv3jax.train.trainable import trainable
 from iv3jax.typing import Params
 
 QUARANTINE = "quarantine.jsonl"
 """Samples that could not be read, in OUT: named here, they are passed over from then on."""
+
+HELD_OUT_QUARANTINE = "held_out_quarantine.jsonl"
 
 WITH_TOKENIZER = ("tiny", "tiny_gqa")
 """Presets that the repository has a tokenizer for."""
@@ -61,6 +66,8 @@ def run(config: TrainConfig, out: PathArgument) -> AnyPath:
     mesh = mesh_of(config.mesh)
     model, folder, start = begin(config)
     processor = Processor.from_dir(folder, model.config)
+    if config.data.features:
+        processor, start = with_features(processor, config, model, mesh, start)
     job = Job(
         model,
         config,
@@ -68,7 +75,9 @@ def run(config: TrainConfig, out: PathArgument) -> AnyPath:
         _feed_of(config, processor, place / QUARANTINE),
         start,
         "training",
-        _held_out_of(config, processor, place / QUARANTINE, mesh) if config.held_out.sources else None,
+        _held_out_of(config, processor, place / HELD_OUT_QUARANTINE, mesh)
+        if config.held_out.sources
+        else None,
     )
     write_shape(place, model, folder)
     trained = LoadedModel(model, train(job, mesh, place), folder, mesh)
@@ -108,6 +117,30 @@ def begin(config: TrainConfig) -> tuple[InternVideo3, AnyPath, Callable[[Params]
         return load(config.init, dtype=kept, mesh=mesh, run=how, weights=how.weights).params
 
     return model, folder, start
+
+
+def with_features(
+    processor: Processor,
+    config: TrainConfig,
+    model: InternVideo3,
+    mesh: Mesh,
+    start: Callable[[Params], Params],
+) -> tuple[Processor, Callable[[Params], Params]]:
+    """A processor that takes videos from the config's store, and a start that is made once for both.
+
+    Raises:
+        UserError: a model without a tower, a tower that is trained, or a store that another tower has written.
+    """
+    vision = model.config.vision_config
+    if vision is None:
+        raise UserError("data.features: this model has no vision tower, so no features; leave it empty")
+    if any(path[0] == "visual" for path in trainable(model, config.frozen)):
+        raise UserError(
+            'data.features: the tower is trained, but videos come from a store; add "model.visual.*" to frozen'
+        )
+    params = start(param_shardings(boxed_params(model), mesh))
+    store = FeatureStore(config.data.features, tower_fingerprint(vision, params["visual"]))
+    return replace(processor, features=store), lambda _: params
 
 
 def shape_of(config: TrainConfig) -> tuple[AnyPath, ModelConfig]:
@@ -157,7 +190,7 @@ def _feed_of(
     def opened(state: np.ndarray | None, group: int, groups: int) -> Feed:
         return open_feed(
             config.data,
-            configured(processor, config.data),
+            processor,
             processor.config,
             rows=config.rows * config.accumulate,
             host=group,
@@ -177,7 +210,7 @@ def _held_out_of(
     config: TrainConfig, processor: Processor, quarantine: AnyPath, mesh: Mesh
 ) -> Callable[[], list[Batch]]:
     """What reads the held-out batches, always the same ones, and places them."""
-    data = replace(config.data, sources=config.held_out.sources)
+    data = replace(config.data, sources=config.held_out.sources, workers=0)
     open_it = _feed_of(replace(config, data=data, accumulate=1), processor, quarantine)
 
     def batches() -> list[Batch]:

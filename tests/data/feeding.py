@@ -74,7 +74,7 @@ def feed(config: DataConfig, *, host: int = 0, hosts: int = 1, **fields: Any) ->
     """A feed of ROWS rows, closed at the end."""
     opened = open_feed(
         config,
-        PROCESSOR,
+        fields.pop("processor", PROCESSOR),
         CONFIG,
         host=host,
         hosts=hosts,

@@ -4,16 +4,16 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from feeding import (
     CHUNKS,
+    CONFIG,
     LENGTH,
     PROCESSOR,
     ROWS,
@@ -28,11 +28,12 @@ from feeding import (
 )
 
 from iv3jax.data import workers
+from iv3jax.data.clips import StoreSpec, identify
 from iv3jax.data.config import DataConfig, SourceConfig
+from iv3jax.data.features import FeatureStore, FeatureWriter
 from iv3jax.data.lanes import LaneFeed
 from iv3jax.data.mixture import Mixture
-from iv3jax.data.read import Read, Reader, Reading
-from iv3jax.data.sources import open_sources
+from iv3jax.data.read import Reader, Reading, configured
 from iv3jax.errors import UserError
 
 
@@ -185,6 +186,39 @@ def test_what_failed_is_named_and_skipped_from_there_on(config, batches, tmp_pat
         assert "unreadable" not in opened.counters.dropped
 
 
+@pytest.mark.medium
+def test_videos_from_a_feature_store(corpus, folder, tmp_path):
+    """The same tokens in the same rows; features instead of the videos' patches, in every batch alike."""
+    vision = CONFIG.vision_config
+    config = config_of(corpus, workers=1)
+    processor = configured(PROCESSOR, config)
+    levels, rng = len(vision.deepstack_visual_indexes), np.random.default_rng(0)
+    with FeatureWriter.open(
+        tmp_path / "store", StoreSpec("0" * 16, levels, vision.out_hidden_size)
+    ) as writer:
+        for path in sorted(folder.glob("v*.mp4")):
+            content = [{"type": "video", "video": str(path)}]
+            sample = processor([{"role": "user", "content": content}])
+            tokens = len(sample.patches) // vision.spatial_merge_size**2
+            values = rng.standard_normal((tokens, 1 + levels, vision.out_hidden_size))
+            pieces = [values.astype(np.dtype("bfloat16"))]
+            args = (processor.video_sampling, sample.media[0], sample.grids[0], tokens, pieces)
+            writer.add(identify(path), *args)
+    # With chunks for all pixels, rows are as full with them as without.
+    plain = take(config, 3, chunks=40)
+    stored = take(
+        config, 3, chunks=40, processor=replace(PROCESSOR, features=FeatureStore(tmp_path / "store"))
+    )
+    for a, b in zip(plain, stored, strict=True):
+        assert a.names == b.names
+        np.testing.assert_array_equal(a.batch.input_ids, b.batch.input_ids)
+        np.testing.assert_array_equal(a.batch.visual_index >= 0, b.batch.visual_index >= 0)
+        assert b.batch.features.shape == (ROWS, LENGTH, 1 + levels, vision.out_hidden_size)
+        assert b.batch.features.dtype == np.dtype("bfloat16")
+        assert a.batch.patches.shape == b.batch.patches.shape
+        assert (b.batch.patch_segment_ids > 0).sum() < (a.batch.patch_segment_ids > 0).sum()
+
+
 def test_it_reads_no_further_ahead_than_it_says(config, monkeypatch):
     started = []
 
@@ -203,27 +237,6 @@ def test_it_reads_no_further_ahead_than_it_says(config, monkeypatch):
         assert len(started) == before
         # Of this batch, the next two and what the lanes hold: each has two that wait, one in a row, two read.
         assert before <= 4 * first + 5 * ROWS
-
-
-@pytest.mark.medium
-def test_worker_processes_import_no_jax(config):
-    """Asked of one that unpickled what all get."""
-    read = Read([one.source for one in open_sources(config)], PROCESSOR)
-    asked = workers.Workers(Loaded(read), 1, 60.0)
-    assert asked.submit({"jax", "grain", "tensorflow", "torch", "iv3jax.data.video"}).result() == {
-        "iv3jax.data.video"
-    }
-    asked.close()
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Which modules of a set a process has imported."""
-
-    read: Read
-
-    def __call__(self, names: set[str]) -> set[str]:
-        return names & set(sys.modules)
 
 
 def test_nothing_usable_is_an_error(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,6 @@ def test_closing_ends_what_runs_and_what_waits():
 
 PARENT = """
 import sys, time
-from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_workers import obey
 from iv3jax.data.workers import Workers
@@ -126,26 +126,56 @@ if __name__ == "__main__":
     pid, _ = workers.submit(("large", 1)).result(60)
     workers.submit(("sleep", 3600))
     print(pid, flush=True)
-    time.sleep(3600)
+    time.sleep(float(sys.argv[2]))
 """
 
 
 @pytest.mark.medium
-def test_a_hung_process_ends_with_its_parent(tmp_path):
+@pytest.mark.parametrize("how", ["killed", "left open"])
+def test_a_hung_process_ends_with_its_parent(tmp_path, how):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     folder = os.path.dirname(os.path.abspath(__file__))
-    parent = subprocess.Popen([sys.executable, script, folder], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(script), folder, "3600" if how == "killed" else "0.5"]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
-    time.sleep(0.5)
-    parent.kill()
-    parent.wait()
     parent.stdout.close()
+    if how == "killed":
+        parent.kill()
+    # A program that never closed its workers ends, too.
+    parent.wait(60)
     deadline = time.monotonic() + 20
     while is_running(child):
         assert time.monotonic() < deadline, "the worker outlives its parent"
         time.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Which modules of a set a process has imported that got a `Read`, as all do."""
+
+    read: Any
+
+    def __call__(self, names: set[str]) -> set[str]:
+        return names & set(sys.modules)
+
+
+@pytest.mark.medium
+def test_processes_that_read_import_no_jax(tmp_path):
+    # Not at the top: the processes import this file.
+    from feeding import PROCESSOR, config_of, source, write_corpus
+
+    from iv3jax.data.read import Read
+    from iv3jax.data.sources import open_sources
+
+    read = Read([one.source for one in open_sources(config_of(source(write_corpus(tmp_path))))], PROCESSOR)
+    workers = Workers(Loaded(read), 1, 60.0)
+    try:
+        asked = {"jax", "grain", "tensorflow", "torch", "iv3jax.data.video"}
+        assert workers.submit(asked).result(60) == {"iv3jax.data.video"}
+    finally:
+        workers.close()
 
 
 def is_running(pid: int) -> bool:
