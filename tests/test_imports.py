@@ -1,7 +1,7 @@
 """Who may import whom, as DESIGN.md draws it, read from the source of every file; and file lengths.
 
     cli → bench, serve, eval, agent, train, mcr, conversion, generate → checkpoint, data → models
-        → ops, sharding, typing, compiles, chips → kernels_pallas → jax
+        → ops, sharding, typing, compiles, chips, hlo, distributed → kernels_pallas → jax
 
 A file belongs to a group: its folder under iv3jax/, or its own name there. An import inside a function
 or under TYPE_CHECKING counts like any other.
@@ -23,7 +23,7 @@ ROWS = [
     ["bench", "serve", "eval", "agent", "train", "mcr", "conversion", "generate"],
     ["checkpoint", "data"],
     ["models"],
-    ["ops", "sharding", "typing", "compiles", "chips"],
+    ["ops", "sharding", "typing", "compiles", "chips", "hlo", "distributed"],
     ["kernels_pallas"],
 ]
 EVERYONE_MAY = {"errors", "paths"}

@@ -1,9 +1,9 @@
 """`iv3 bench train`: training steps of `tiny` on the digit videos, beside the same model in PyTorch.
 
 One process, fp32, AdamW, as many threads each as the machine has cores. Both take the same batches, one
-conversation about one video a row, and start from the same weights, so that their first losses agree. They take
-turns; the figures are medians over the rounds. Ours draws its batches from the feed that training uses, and
-waiting for it counts; PyTorch is handed tensors that are ready.
+conversation about one video a row, and start from the same weights, so that their first losses agree. They
+take turns; the figures are medians over the rounds. Ours draws its batches from the feed that training uses,
+and waiting for it counts; PyTorch is handed tensors that are ready.
 """
 
 import os
@@ -182,9 +182,10 @@ class _Torch:
 def format_table(result: dict[str, Any]) -> str:
     """The rows as a table for people."""
     table = Table(
-        title=f"training `tiny`, {ROWS} videos of up to {LENGTH} tokens a step, fp32, {result['threads']} threads",
-        caption=f"medians of {result['rounds']} rounds of {result['steps']} steps; {result['ratio']:.2f}× PyTorch; "
-        f"waiting for data {result['wait_share']:.1%} of our time",
+        title=f"training `tiny`, {ROWS} videos of up to {LENGTH} tokens a step, fp32, "
+        f"{result['threads']} threads",
+        caption=f"medians of {result['rounds']} rounds of {result['steps']} steps; {result['ratio']:.2f}× "
+        f"PyTorch; waiting for data {result['wait_share']:.1%} of our time",
     )
     table.add_column("")
     for head in ("tokens/s", "ms a step", "first loss"):

@@ -83,8 +83,8 @@ def load(
 
     Args:
         source: a folder with config.json and safetensors, local or on a store (gs://, s3://); a preset's
-            name; an id of the Hugging Face hub, `org/name[@revision]`, which is downloaded; or the folder of a
-            training run, of which `OUT[@STEP|@best]` is a checkpoint, its layers scanned and its low-rank
+            name; an id of the Hugging Face hub, `org/name[@revision]`, which is downloaded; or the folder of
+            a training run, of which `OUT[@STEP|@best]` is a checkpoint, its layers scanned and its low-rank
             additions kept apart.
         dtype: dtype of the parameters and of computing. None keeps each tensor's own, widened to fp32
             where one stacked parameter holds several, and computes in the dtype of most bytes.

@@ -154,8 +154,8 @@ class Checkpoints:
         except (ValueError, KeyError, OSError, TypeError) as error:
             first = str(error).strip().splitlines()[0]
             raise UserError(
-                f"{self.folder}/{step}: this checkpoint cannot be read ({first}); delete it to go on from the "
-                "one before"
+                f"{self.folder}/{step}: this checkpoint cannot be read ({first}); delete it to go on from "
+                "the one before"
             ) from error
 
     def wait(self) -> None:

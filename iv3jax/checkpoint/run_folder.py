@@ -1,7 +1,7 @@
 """The folder of a training run as a model: OUT/shape has its small files, OUT/checkpoints its parameters.
 
-`load` and `export` take such a folder like a model folder, and take its latest checkpoint. `OUT@STEP` names one of
-them, `OUT@best` the one with the least held-out loss.
+`load` and `export` take such a folder like a model folder, and take its latest checkpoint. `OUT@STEP` names
+one of them, `OUT@best` the one with the least held-out loss.
 """
 
 from dataclasses import dataclass
@@ -86,7 +86,8 @@ def run_checkpoint(source: PathArgument) -> RunCheckpoint | None:
         )
         if (which not in ("", "best") and not which.isdecimal()) or step not in steps:
             raise UserError(
-                f"{source}: no such checkpoint; there are {', '.join(map(str, steps))}, and best where held-out loss was measured"
+                f"{source}: no such checkpoint; there are {', '.join(map(str, steps))}, and `best` where "
+                "held-out loss was measured"
             )
         return RunCheckpoint(out, step, checkpoints.record(step)["config"])
     finally:

@@ -1,4 +1,4 @@
-"""Models of those who train: a finished one's folder in place of an older one, and the small files of a run's."""
+"""Models of those who train: a finished one's folder in place of an older one, a run's small files."""
 
 import jax
 
@@ -19,7 +19,7 @@ def save(loaded: LoadedModel, folder: PathArgument, dtype: str | None = None) ->
 
 
 def write_shape(out: AnyPath, model: InternVideo3, folder: AnyPath) -> None:
-    """Writes OUT/shape, config.json last: the small files of the model that a run trains, from its source's."""
+    """Writes OUT/shape, config.json last: the small files of a run's model, from those of its source."""
     place = out / SHAPE
     if (place / CONFIG).exists():
         return

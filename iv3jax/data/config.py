@@ -1,4 +1,4 @@
-"""What an experiment file may say about its data: frozen dataclasses, filled at the door (train/config.py)."""
+"""What an experiment file may say about its data: frozen dataclasses, filled by train/config.py."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,8 @@ class SourceConfig:
         name: what its samples are called in messages; empty: the path's last part, or the kind.
         path: annotation file, meta file or folder; empty for synthetic tasks.
         media_root: folder that media paths in an annotation are relative to; empty: the annotation's own.
-        weight: its samples' share of the mixture, relative to the other sources'; 0: its own number of samples.
+        weight: its samples' share of the mixture, relative to the other sources'; 0: its own number of
+            samples.
         fps, min_frames, max_frames: of its videos; 0 takes the DataConfig's.
         options: of a synthetic task, `key=value` each.
     """

@@ -35,8 +35,8 @@ def check_changes(before: Mapping[str, Any], config: TrainConfig, folder: AnyPat
     for name, old, new in _differences(before, now):
         if not any(name == free or name.startswith(f"{free}.") for free in FREE):
             raise UserError(
-                f"{folder}: its checkpoints are of a run with {name} = {old!r}, not {new!r}; take the old value, "
-                "or another --out (init=THIS_RUN goes on from its parameters)"
+                f"{folder}: its checkpoints are of a run with {name} = {old!r}, not {new!r}; take the old "
+                "value, or another --out (init=THIS_RUN goes on from its parameters)"
             )
 
 

@@ -91,8 +91,8 @@ class TrainConfig:
 
     Attributes:
         preset: the model's shape, unless `init` has one.
-        init: where to start: a model folder or hub id, its shape included, or the folder of another run, whose
-            latest checkpoint it is; empty: random weights.
+        init: where to start: a model folder or hub id, its shape included, or the folder of another run,
+            whose latest checkpoint it is; empty: random weights.
         steps: optimiser steps.
         rows: rows over all devices that are computed at one time. accumulate: so many times, for one step.
         length: tokens of a row.
@@ -102,8 +102,8 @@ class TrainConfig:
         dtype: of computing; trained parameters are fp32.
         reduction: "token", "sample" or "square" (SPEC §5).
         frozen: patterns of checkpoint names (`model.visual.*`) that are not trained.
-        lora: train low-rank additions instead, and nothing else. weights: "int8" or "nf4" stores what they are
-            added to so; empty: in `dtype`.
+        lora: train low-rank additions instead, and nothing else. weights: "int8" or "nf4" stores what they
+            are added to so; empty: in `dtype`.
         on_nonfinite: "stop" ends the run where the loss is not finite, "skip" leaves that step out.
         mesh, checkpoint, held_out, optimizer, data: see there.
         digits: of the digit task, which is what a run without `data.sources` learns.

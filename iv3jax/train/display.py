@@ -12,7 +12,7 @@ PLAIN_EVERY = 25
 
 
 class Display:
-    """Progress of `steps` steps, of which `done` were done before. `quiet` shows nothing (all hosts but one)."""
+    """Progress of `steps` steps, `done` of them done before. `quiet` shows nothing: all hosts but one."""
 
     def __init__(self, title: str, steps: int, done: int = 0, quiet: bool = False) -> None:
         self._title, self._steps, self._done, self._quiet = title, steps, done, quiet

@@ -18,7 +18,7 @@ _AHEAD = 2
 
 
 class StepFeed:
-    """Batches that depend on the step alone, two of them being made while one is used. Its state is the step."""
+    """Batches that depend on the step alone, two being made while one is used. Its state is the step."""
 
     def __init__(self, batch_at: Callable[[int], Batch], state: np.ndarray | None = None) -> None:
         self._batch_at, self._next = batch_at, 0 if state is None else int(state[0, 0])
@@ -64,7 +64,7 @@ def row_group(mesh: Mesh) -> tuple[int, int]:
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """This host's rows (NumPy) as its part of the global batch, tokens dealt over the context axis in zig-zag."""
+    """This host's rows (NumPy) as its part of the global batch, dealt over the context axis in zig-zag."""
     if (parts := mesh.shape["context"]) > 1:
         batch = dealt(batch, zigzag(batch.input_ids.shape[1], parts))
     return Batch(

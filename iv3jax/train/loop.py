@@ -1,7 +1,8 @@
 """The training loop of all stages: one state, one step, one feed; saved, stopped and gone on with exactly.
 
-A stage is a Job: what is made small, and where the batches come from. Resuming follows one order: the run's own
-latest checkpoint; else what `config.init` names (another run's checkpoint, a model folder); else random weights.
+A stage is a Job: what is made small, and where the batches come from. Resuming follows one order: the run's
+own latest checkpoint; else what `config.init` names (another run's checkpoint, a model folder); else random
+weights.
 """
 
 import dataclasses
@@ -105,8 +106,8 @@ def train(job: Job, mesh: Mesh | None = None, out: Path | None = None) -> Params
 
     Raises:
         Stopped: by SIGTERM or an interrupt, with everything saved.
-        UserError: a loss that is not finite, naming step and samples; a checkpoint of another run; what the mesh
-            does not divide.
+        UserError: a loss that is not finite, naming step and samples; a checkpoint of another run; what the
+            mesh does not divide.
     """
     run = _Run(job, mesh_of(job.config.mesh) if mesh is None else mesh, out)
     with ExitStack() as stack, jax.set_mesh(run.mesh):
@@ -248,8 +249,8 @@ class _Meter:
             if not self._skip:
                 names = ", ".join(name for row in fed.names for name in row)
                 raise UserError(
-                    f"the loss is {loss}, its gradient's norm {norm}, at step {step - 1}; samples: {names}; lower "
-                    'the learning rate, look at the samples, or set on_nonfinite="skip"'
+                    f"the loss is {loss}, its gradient's norm {norm}, at step {step - 1}; samples: {names}; "
+                    'lower the learning rate, look at the samples, or set on_nonfinite="skip"'
                 )
         self._tokens += int(np.sum(fed.batch.segment_ids != 0))
         self._waited += fed.waited

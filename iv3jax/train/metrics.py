@@ -1,4 +1,4 @@
-"""Where a run's numbers go: OUT/metrics.jsonl and OUT/tensorboard always, Weights & Biases where it is set up."""
+"""Where a run's numbers go: OUT/metrics.jsonl, OUT/tensorboard, and Weights & Biases where it is set up."""
 
 import importlib.util
 import json

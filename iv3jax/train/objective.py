@@ -1,4 +1,4 @@
-"""Objectives: what a stage asks the loop to make small. The loop, the step and the plan know nothing else of it."""
+"""Objectives: what a stage asks the loop to make small. Loop, step and plan know nothing else of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -129,14 +129,15 @@ def with_features(
     """A processor that takes videos from the config's store, and a start that is made once for both.
 
     Raises:
-        UserError: a model without a tower, a tower that is trained, or a store that another tower has written.
+        UserError: a model without a tower, a tower that is trained, or a store that another tower has
+            written.
     """
     vision = model.config.vision_config
     if vision is None:
         raise UserError("data.features: this model has no vision tower, so no features; leave it empty")
     if any(path[0] == "visual" for path in trainable(model, config.frozen)):
         raise UserError(
-            'data.features: the tower is trained, but videos come from a store; add "model.visual.*" to frozen'
+            "data.features: the tower is trained, but videos come from a store; add model.visual.* to frozen"
         )
     params = start(param_shardings(boxed_params(model), mesh))
     store = FeatureStore(config.data.features, tower_fingerprint(vision, params["visual"]))

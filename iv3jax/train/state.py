@@ -36,7 +36,7 @@ def new_state(params: Params, optimizer: optax.GradientTransformation, seed: int
 
 
 def state_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
-    """Where each part of the optimiser's state lies: like the parameter of its name and shape, else everywhere.
+    """Where each part of the optimiser's state lies: with the parameter of its name and shape, or whole.
 
     Args:
         params: arrays or shapes, with their shardings.

@@ -1,4 +1,4 @@
-"""One optimiser step as one compiled program: gradients, accumulated over parts of the batch, and the update."""
+"""One optimiser step as one program: gradients, accumulated over parts of the batch, and the update."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,7 +21,8 @@ class Metrics(NamedTuple):
     Attributes:
         loss: the objective. grad_norm: before clipping.
         weight: Σ weights, the trained tokens where each counts one.
-        applied: 1, or 0 where loss or gradients were not finite: then parameters and moments stay as they were.
+        applied: 1, or 0 where loss or gradients were not finite: then parameters and moments stay as they
+            were.
     """
 
     loss: Array
@@ -42,8 +43,8 @@ def make_step(
     """(state, frozen parameters, batch) → (state, metrics), to be compiled.
 
     Args:
-        accumulate: into how many parts the rows are split, computed one after the other. The loss's denominator
-            is that of the whole batch, so the result is the one of all rows at once.
+        accumulate: into how many parts the rows are split, computed one after the other. The loss's
+            denominator is that of the whole batch, so the result is the one of all rows at once.
         shardings: where the gradients are to lie, which is where the parameters lie.
     """
 
@@ -91,8 +92,8 @@ def make_step(
 
 
 def _parts(batch: Batch, count: int) -> Batch:
-    """Every field with an axis of `count` parts in front. Neighbouring rows go to different parts, so that each
-    device keeps the rows it holds.
+    """Every field with an axis of `count` parts in front. Neighbouring rows go to different parts, so that
+    each device keeps the rows it holds.
     """
 
     def split(x: Array | None, axes: tuple[str | None, ...]) -> Array | None:

@@ -74,6 +74,6 @@ def test_a_checkpoint_that_is_half_there_is_never_taken(tmp_path):
         if path.is_file() and "ocdbt" in str(path):
             path.write_bytes(b"")
     again = Checkpoints(tmp_path)
-    with pytest.raises(UserError, match="2: this checkpoint cannot be read .*; delete it to go on"):
+    with pytest.raises(UserError, match=r"2: this checkpoint cannot be read .*; delete it to go on"):
         again.restore(2, shapes(ONE), ONE)
     again.close()

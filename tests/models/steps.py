@@ -9,7 +9,7 @@ from iv3jax.train.config import TrainConfig
 from iv3jax.train.optimizer import OptimizerConfig
 from iv3jax.train.plan import Planned, planned
 
-LENGTH = 80
+LENGTH = 88
 """Tokens of a row: a number that is no size of a weight in the tiny configs."""
 
 
