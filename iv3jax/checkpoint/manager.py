@@ -117,10 +117,14 @@ class Checkpoints:
             UserError: a checkpoint that is damaged, or of other shapes.
         """
         whole = NamedSharding(mesh, PartitionSpec())
+        with self._readable(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            lanes = reader.metadata(self.folder / str(step) / "feed").item_metadata.tree[_LANES]
+        # Said in full: where nothing is said Orbax takes the sharding that was saved, of other devices perhaps.
+        feed = {_LANES: jax.ShapeDtypeStruct(lanes.shape, np.int32, sharding=whole)}
         found = self._restore(
             step,
             state=ocp.args.StandardRestore(abstract_state),
-            feed=ocp.args.StandardRestore(fallback_sharding=whole),
+            feed=ocp.args.StandardRestore(feed),
             record=ocp.args.JsonRestore(),
         )
         return Restored(step, found["state"], np.asarray(found["feed"][_LANES], np.int64), found["record"])

@@ -23,6 +23,7 @@ from iv3jax import ops
 from iv3jax.checkpoint.manager import Checkpoints
 from iv3jax.compiles import Stopwatch
 from iv3jax.data.feed import Fed, Feed
+from iv3jax.distributed import startup_lines
 from iv3jax.errors import UserError
 from iv3jax.models.internvideo3 import InternVideo3, boxed_params
 from iv3jax.sharding import make_mesh, param_shardings
@@ -145,6 +146,8 @@ class _Run:
             log = MetricLog(self.out, done, dataclasses.asdict(config))
             stack.callback(log.close)
         display = stack.enter_context(Display(job.title, config.steps, done, quiet=not self.lead))
+        for line in startup_lines(self.mesh, _bytes_of_a_device((state, frozen))):
+            display.say(line)
         # A run that keeps nothing is stopped as any program is.
         preemption = None if checkpoints is None else stack.enter_context(Preemption())
         profiler = stack.enter_context(Profiler(self.out))
@@ -216,6 +219,10 @@ class _Run:
             display.show(numbers.step, numbers.values)
             if log is not None:
                 log.write(numbers.step, numbers.values)
+
+
+def _bytes_of_a_device(tree: Any) -> int:
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
 @dataclass(frozen=True)
