@@ -119,7 +119,7 @@ class Checkpoints:
         whole = NamedSharding(mesh, PartitionSpec())
         with self._readable(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             lanes = reader.metadata(self.folder / str(step) / "feed").item_metadata.tree[_LANES]
-        # Said in full: where nothing is said Orbax takes the sharding that was saved, of other devices perhaps.
+        # Said in full: otherwise Orbax takes the sharding that was saved, perhaps of other devices.
         feed = {_LANES: jax.ShapeDtypeStruct(lanes.shape, np.int32, sharding=whole)}
         found = self._restore(
             step,

@@ -1,6 +1,9 @@
 """Whole training steps compiled for a mesh, and their collectives: what tests of sharded programs share."""
 
+import importlib.util
+
 import jax
+import pytest
 
 from iv3jax.hlo import Collective, collectives
 from iv3jax.sharding import MESH_AXES, make_mesh
@@ -8,6 +11,9 @@ from iv3jax.train import plan as plan_module
 from iv3jax.train.config import TrainConfig
 from iv3jax.train.optimizer import OptimizerConfig
 from iv3jax.train.plan import Planned, planned
+
+has_compilers = all(importlib.util.find_spec(name) for name in ("libtpu", "jax_cuda12_plugin"))
+needs_compilers = pytest.mark.skipif(not has_compilers, reason="needs libtpu and jax-cuda12-plugin")
 
 LENGTH = 88
 """Tokens of a row: a number that is no size of a weight in the tiny configs."""
