@@ -1,5 +1,7 @@
 """Models of those who train: a finished one's folder in place of an older one, a run's small files."""
 
+from dataclasses import replace
+
 import jax
 
 from iv3jax.checkpoint.export import export
@@ -24,6 +26,7 @@ def write_shape(out: AnyPath, model: InternVideo3, folder: AnyPath) -> None:
     if (place / CONFIG).exists():
         return
     place.mkdir(parents=True, exist_ok=True)
-    abstract = LoadedModel(model, unbox(boxed_params(model)), folder, make_mesh(jax.devices()[:1]))
+    plain = InternVideo3(model.config, replace(model.run, lora=None, weights=None))
+    abstract = LoadedModel(plain, unbox(boxed_params(plain)), folder, make_mesh(jax.devices()[:1]))
     for name, content in small_files(abstract, plan(abstract)).items():
         (place / name).write_bytes(content)

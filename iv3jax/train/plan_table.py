@@ -54,7 +54,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def program_of(config: TrainConfig) -> TrainConfig:
     """The experiment without the numbers that change nothing of its program's size: rates, data, checkpoints."""
-    rates = replace(config.optimizer, learning_rate=1.0, final_learning_rate=0.0, warmup=0.0, weight_decay=0.0)
+    rates = replace(
+        config.optimizer, learning_rate=1.0, final_learning_rate=0.0, warmup=0.0, weight_decay=0.0
+    )
     plain = TrainConfig()
     return replace(
         config, steps=1, seed=0, init="", optimizer=rates, data=DataConfig(), checkpoint=plain.checkpoint

@@ -28,7 +28,11 @@ def small_8b():
 
 @pytest.mark.parametrize(
     ("chip", "topology", "sizes"),
-    [("v5p", "2x2x1", dict(fsdp=4)), ("v5e", "2x4", dict(fsdp=4, context=2)), ("h100", "1x1x4", dict(fsdp=4))],
+    [
+        ("v5p", "2x2x1", dict(fsdp=4)),
+        ("v5e", "2x4", dict(fsdp=4, context=2)),
+        ("h100", "1x1x4", dict(fsdp=4)),
+    ],
 )
 def test_a_step_gathers_weights_and_scatters_gradients(monkeypatch, chip, topology, sizes):
     mesh = make_mesh(devices(chip, topology), **sizes)

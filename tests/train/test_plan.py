@@ -127,7 +127,13 @@ def test_advice_names_what_would_help():
     first, *others = advice(config, mesh, 50 * GIB, 96 * GIB)
     assert first.startswith("remat=full")
     found = " · ".join(others)
-    for text in ("rows=8 accumulate=2", "dtype=bfloat16", "mesh.data=1", "moment_dtype=bfloat16", "mesh.context=2"):
+    for text in (
+        "rows=8 accumulate=2",
+        "dtype=bfloat16",
+        "mesh.data=1",
+        "moment_dtype=bfloat16",
+        "mesh.context=2",
+    ):
         assert text in found
     small = TrainConfig(rows=4, length=4096, remat="full", dtype="bfloat16")
     assert advice(small, dict(data=1, fsdp=4, context=1, tensor=1), GIB, 96 * GIB) == (
@@ -140,7 +146,11 @@ def test_what_is_said():
     assert "v5p-128: 64 v5p chips as fsdp 64" in text and "fits             yes" in text
     assert "at least 50.00: a roofline model of peak numbers, not measured" in text
     refused = made(
-        fits=False, temporary_bytes=None, collective_bytes_per_step=None, tokens_per_second=None, advice=("x",)
+        fits=False,
+        temporary_bytes=None,
+        collective_bytes_per_step=None,
+        tokens_per_second=None,
+        advice=("x",),
     )
     text = format_plan(refused)
     assert "fits             no" in text and "temporaries ?" in text and "to make it fit   x" in text
@@ -181,7 +191,9 @@ def test_a_tiny_step_on_real_chips(monkeypatch):
     found = plan(config, "v5p-8", lines.append)
     assert found.fits and found.devices == 4 and "compiling the step for v5p-8" in lines[0]
     # 1.8 G parameters, three numbers of 4 bytes each, a quarter on each chip.
-    params = sum(x.size for x in jax.tree.leaves(planned(config, make_mesh(jax.devices()[:4])).arguments[0].params))
+    params = sum(
+        x.size for x in jax.tree.leaves(planned(config, make_mesh(jax.devices()[:4])).arguments[0].params)
+    )
     assert 12 * params / 4 < found.argument_bytes < 13 * params / 4
     assert 0 < found.temporary_bytes < found.limit_bytes - found.argument_bytes
     received = found.collective_bytes_per_step
