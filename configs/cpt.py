@@ -1,13 +1,13 @@
-"""Stage 1, continued pretraining of a converted 8B: all weights learn to live with the latent attention (SPEC §6).
+"""Stage 1, continued pretraining of a converted 8B: all weights get used to the latent attention (SPEC §6).
 
     iv3 train --config cpt --out runs/cpt init=FOLDER        FOLDER: what `iv3 convert` wrote
     iv3 plan --config cpt --topology v5p-128                 whether it fits, before it costs anything
     iv3 train --config cpt:tiny --out runs/cpt-tiny          the same stage on a CPU, minutes
 
-A batch is 128 packs of 65 536 tokens. On 64 chips they are two rows a chip, one after the other; on more, `context`
-takes what is left and splits each row. A chunk of the tower holds 8192 patches, a frame of 1920×1080, so a picture
-is scaled down to that and not to the authors' 64 times as many pixels, and a row holds the patches of 65 536 vision
-tokens. 1600 steps are the paper's 13.5 B tokens once.
+A batch is 128 packs of 65 536 tokens. On 64 chips they are two rows a chip, one after the other; on more,
+`context` takes what is left and splits each row. A chunk of the tower holds 8192 patches, a frame of
+1920×1080, so a picture is scaled down to that and not to the authors' 64 times as many pixels, and a row
+holds the patches of 65 536 vision tokens. 1600 steps are the paper's 13.5 B tokens once.
 """
 
 import ml_collections

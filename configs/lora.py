@@ -1,12 +1,12 @@
-"""Fine-tuning an 8B on eight H100s: low-rank additions to the decoder's linear layers, and nothing else is trained.
+"""Fine-tuning an 8B on eight H100s: only low-rank additions to the linear layers of the decoder are trained.
 
     iv3 train --config lora --out runs/lora init=FOLDER
     iv3 plan --config lora --topology h100x8              whether it fits, before it costs anything
     iv3 train --config lora:tiny --out runs/lora-tiny     the same on a CPU, minutes
 
-The base stays in bf16, an eighth of it on each GPU: 2.4 GB, so it need not be quantised. `weights=nf4` stores it in
-a quarter of that, for fewer or smaller GPUs. A batch is 16 packs of 32 768 tokens. The numbers of rank and learning
-rate are QLoRA's (arXiv 2305.14314), the rest is that of stage 2.
+The base stays in bf16, an eighth of it on each GPU: 2.4 GB, so it need not be quantised. `weights=nf4` stores
+it in a quarter of that, for fewer or smaller GPUs. A batch is 16 packs of 32 768 tokens. The numbers of rank
+and learning rate are QLoRA's (arXiv 2305.14314), the rest is that of stage 2.
 """
 
 import ml_collections

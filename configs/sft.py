@@ -2,13 +2,13 @@
 
     iv3 train --config sft:short --out runs/short init=runs/cpt       packs of 65 536 tokens, 128 of them
     iv3 train --config sft:long --out runs/long init=runs/short       packs of 262 144 tokens, 8 of them
-    iv3 plan --config sft:long --topology v5p-128                     whether it fits, before it costs anything
-    iv3 train --config sft:tiny_short --out runs/s                    the same stages on a CPU, minutes
-    iv3 train --config sft:tiny_long --out runs/l init=runs/s
+    iv3 plan --config sft:long --topology v5p-128                     whether it fits, before it costs
+    anything iv3 train --config sft:tiny_short --out runs/s                    the same stages on a CPU,
+    minutes iv3 train --config sft:tiny_long --out runs/l init=runs/s
 
-The long stage has fewer rows than chips: `fsdp` splits its 8 packs and `context` takes what is left, 8 chips a pack
-on 64, where the authors had 4. Its videos have up to 2048 frames, at 4 a second, and four times the pixels.
-The paper does not say how many tokens its sets hold: set `steps` to an epoch of yours.
+The long stage has fewer rows than chips: `fsdp` splits its 8 packs and `context` takes what is left, 8 chips
+a pack on 64, where the authors had 4. Its videos have up to 2048 frames, at 4 a second, and four times the
+pixels. The paper does not say how many tokens its sets hold: set `steps` to an epoch of yours.
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-"""Chips that are not here: programs compiled for a v5e, v5p or H100 on any machine, and what these chips can do.
+"""Chips that are not here: programs compiled for a v5e, v5p or H100 on any machine, and what these can do.
 
 Compiling needs the `chips` extra (libtpu and the CUDA plugin; no driver). What comes out is the real program
 for that chip with its real memory use, and one that does not fit is refused by the compiler; nothing is run.
@@ -80,8 +80,10 @@ class Topology:
 
     @property
     def network(self) -> float:
-        """Bytes/s that a chip receives at most: on several H100 machines the machine's adapters are shared, but
-        what all its GPUs need enters once."""
+        """Bytes/s that a chip receives at most.
+
+        Between H100 machines: what their adapters let in, once for all GPUs of a machine.
+        """
         peak = PEAKS[self.chip].network
         return min(peak, NODE_NETWORK) if self.chip == "h100" and self.count > NODE else peak
 
@@ -198,7 +200,7 @@ def _closed(shape: str) -> tuple[bool, ...]:
 
 
 def refusal_bytes(text: str) -> int | None:
-    """The bytes a program needs, from the error of a TPU's compiler that refuses it for its memory; else None."""
+    """The bytes a program needs, from a TPU's compiler's error that it is too large; else None."""
     match = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", text)
     if match is None:
         return None

@@ -1,7 +1,8 @@
 """What a compiled program says of itself: its collectives, read from its text; nothing is compiled here.
 
-The text is a TPU's, GPU's or CPU's. A loop's body stands in it once, so every collective comes with how often it
-runs. XLA for a TPU writes a reduce-scatter as a fusion `all-reduce-scatter`, an all-reduce and a slice of it.
+The text is a TPU's, GPU's or CPU's. A loop's body stands in it once, so every collective comes with how often
+it runs. XLA for a TPU writes a reduce-scatter as a fusion `all-reduce-scatter`, an all-reduce and a slice of
+it.
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 _BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
-_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
+_KINDS = "all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-(?:permute|broadcast)"
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OF_A_REDUCE_SCATTER = "all-reduce-scatter"
@@ -112,7 +113,7 @@ def _called(line: str) -> list[str]:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a loop's body runs: as XLA says, or from a condition that compares a counter from 0 with a number."""
+    """How often a loop's body runs: as XLA says, or from a condition counter < number, counted from 0."""
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(match[1])
     condition = computations.get(_attribute(line, "condition"), [])

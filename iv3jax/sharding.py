@@ -1,8 +1,8 @@
 """Meshes and the one table that maps logical axes to mesh axes. Models name logical axes only.
 
 Mesh axes: `data` (replicas), `fsdp` (weights gathered per layer, batch split), `context` (the sequence
-split, and weights as over fsdp), `tensor` (heads, hidden units and vocabulary split). Where the devices are of
-several slices, joined by a slower network, `data` goes over the slices.
+split, and weights as over fsdp), `tensor` (heads, hidden units and vocabulary split). Where the devices are
+of several slices, joined by a slower network, `data` goes over the slices.
 """
 
 import math
@@ -137,7 +137,7 @@ def _auto_axes(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
 
 
 def gathered(kernel: Array, *names: str | None) -> Array:
-    """A weight as a product needs it: whole over the axes that split batch and sequence, under the ambient mesh.
+    """A weight as a product needs it: whole over the axes that split tokens, under the ambient mesh.
 
     Said here because the compiler, left alone, may rather move activations, or gather a weight twice for one
     backward pass.

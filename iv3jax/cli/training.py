@@ -18,6 +18,7 @@ def add(command: Command) -> None:
     sub = command(
         "plan", _plan, "Compile an experiment's step for chips that are not here, and say if it fits."
     )
+    _experiment(sub)
     sub.add_argument("--topology", required=True, help="v5e-256, v5p-128, h100x64, 2*v5p-128, …")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -227,8 +227,8 @@ class Embedding(nn.Module):
     def __call__(self, ids: Array) -> Array:
         x = jnp.take(self.embedding, ids, axis=0).astype(self.run.dtype)
         if self.axes[1] == "embed" and ids.ndim == 2:
-            # Looked up where a part of the table's width lies, then sent to where the tokens lie, over one axis
-            # after the other: else the whole table is gathered, and its gradient summed up everywhere.
+            # Looked up where a part of the table's width lies, then sent to where the tokens lie, over one
+            # axis after the other: else the whole table is gathered, and its gradient summed up everywhere.
             x = constrain(constrain(x, "replicas", None, "embed"), "replicas", "sequence", "hidden_parts")
         return x
 

@@ -1,4 +1,4 @@
-"""Work done part by part, so that its memory does not grow with its size; what the parts are is not known here."""
+"""Work done part by part, so that its memory does not grow with its size. What the parts are is elsewhere."""
 
 from collections.abc import Callable
 from functools import partial

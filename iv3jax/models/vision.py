@@ -198,7 +198,9 @@ class VisionTower(nn.Module):
             return tokens, jnp.moveaxis(levels, 0, 1)
 
         given = (stepped(patches), stepped(coords), stepped(segment_ids))
-        tokens, levels = (x.reshape(-1, *x.shape[2:])[:count] for x in mapped(one, weights, given))
+        # Sizes in full: without DeepStack the levels are an empty array, and -1 would mean nothing.
+        made = mapped(one, weights, given)
+        tokens, levels = (x.reshape(steps * size, *x.shape[2:])[:count] for x in made)
         return tokens, jnp.moveaxis(levels, 1, 0)
 
 

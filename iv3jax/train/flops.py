@@ -3,17 +3,18 @@
 `cost_analysis` of a compiled program is no such count: it counts a loop's body once and a kernel as nothing.
 Norms, softmax, rotary angles, embeddings and the optimiser are left out: under 1 % at the 8B's sizes.
 
-Letters as in SPEC: T tokens of a row, D width, F feed-forward's width, H heads, G key/value heads, r, n, e, v of
-M²LA, L layers, V vocabulary; of the tower W width, M its feed-forward's, C patches of a chunk, K DeepStack levels.
+Letters as in SPEC: T tokens of a row, D width, F feed-forward's width, H heads, G key/value heads, r, n, e, v
+of M²LA, L layers, V vocabulary; of the tower W width, M its feed-forward's, C patches of a chunk, K DeepStack
+levels.
 
     decoder layer, per token   2·(D·H(n+e) + D(r+e) + H·v·D + 3·D·F), and 2·r·H(n+v) to expand a latent
                                GQA, heads of d: 2·(2·D·H·d + 2·D·G·d + 3·D·F)
-    attention, per token       2·H·(n+e + v) for each key that is seen: (S+1)/2 in a sample of S tokens (causal)
+    attention, per token       2·H·(n+e + v) for each key that is seen: (S+1)/2 in a sample of S tokens
     head, per token            2·D·V
-    tower, per patch           2·1536·W + blocks · (2·(4·W² + 2·W·M) + 4·W·C), C keys: the whole chunk is computed
+    tower, per patch           2·1536·W + blocks · (2·(4·W² + 2·W·M) + 4·W·C), all keys of a chunk
     mergers, per 4 patches     (1+K) · 2·(4W·4W + 4W·D)
 
-A backward pass takes twice as many. What is computed again is in `executed` only, where MFU does not count it.
+A backward pass takes twice as many. What is computed again is in `executed` only; MFU does not count it.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ class Flops:
 
     Attributes:
         forward: of one forward pass, by part: "decoder", "attention", "head", "tower".
-        training: forward and backward, nothing computed twice; without products for frozen weights' gradients.
+        training: forward and backward, nothing computed twice; without products for frozen weights'
+            gradients.
         executed: with what remat, the tower's steps, the chunked loss, kernels and the context axis do again.
     """
 
@@ -52,8 +54,8 @@ def flops_per_token(
         sample: tokens S of a sample; `config.length` where one fills its row.
         context: devices that a sequence is split over; each expands the latents of the whole sequence.
         steps_of_tower: in which a device works off its chunks; in several, each is computed again backwards.
-        kernels: whether the decoder's kernels are trained, or only small additions (LoRA): then products have a
-            gradient by their inputs alone.
+        kernels: whether the decoder's kernels are trained, or only small additions (LoRA): then products have
+            a gradient by their inputs alone.
         tower: whether anything of the tower is trained; else it has no backward pass.
     """
     text, vision = model.text_config, model.vision_config

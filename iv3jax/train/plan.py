@@ -1,8 +1,8 @@
-"""`iv3 plan`: the real step of an experiment, compiled for chips that are not here, and what it says of itself.
+"""`iv3 plan`: an experiment's real step, compiled for chips that are not here, and what it says of itself.
 
-Bytes and collectives are the compiler's. FLOPs are from formulas (flops.py), and the time is a model: peak numbers
-of the chip (chips.py), everything overlapped. Nothing is run and no weight exists. The table of all 8B stages is
-made in plan_table.py.
+Bytes and collectives are the compiler's. FLOPs are from formulas (flops.py), and the time is a model: peak
+numbers of the chip (chips.py), everything overlapped. Nothing is run and no weight exists. The table of all
+8B stages is made in plan_table.py.
 """
 
 import dataclasses
@@ -46,17 +46,18 @@ class Plan:
     Attributes:
         topology, chip, devices: where. mesh: how it is split.
         rows, accumulate, length: rows at one time over all devices, how many times, and tokens of a row.
-        fits: whether the program can run there: a TPU's compiler refuses what cannot, on a GPU the bytes are summed.
+        fits: whether the program can run there: a TPU's compiler refuses what cannot, on a GPU the bytes are
+            summed.
         argument_bytes: parameters, the optimiser's state and the batch.
-        temporary_bytes: what the program needs besides, results that take no argument's place included; where the
-            compiler refuses, the bytes it names less the arguments; None if it names none.
+        temporary_bytes: what the program needs besides, results that take no argument's place included; where
+            the compiler refuses, the bytes it names less the arguments; None if it names none.
         limit_bytes: what the device has for a program.
-        collective_bytes_per_step: kind → bytes a device must at least receive, and their "total"; None where there
-            is no program.
+        collective_bytes_per_step: kind → bytes a device must at least receive, and their "total"; None where
+            there is no program.
         flops_per_token: forward and backward, for each token of a row, one sample filling it.
         executed_flops_per_token: with everything computed twice.
-        bound_seconds: a model's lower bound of a step's time: the longest of "compute", "memory" and "network" at
-            the chip's peak numbers.
+        bound_seconds: a model's lower bound of a step's time: the longest of "compute", "memory" and
+            "network" at the chip's peak numbers.
         tokens_per_second: that this bound allows on all devices together; None without a program.
         advice: what to change where it does not fit.
         compile_seconds: tracing, lowering and compiling here.
@@ -125,9 +126,8 @@ def plan(config: TrainConfig, where: str, say: Callable[[str], None] | None = No
     place = topology(where)
     step = planned(config, mesh_of(config.mesh, devices(place.chip, place.shape, place.slices)))
     used = {axis: size for axis, size in step.mesh.shape.items() if size > 1}
-    say(
-        f"iv3 plan: compiling the step for {where}: {place.count} chips as {used or 'one'}; this can take minutes"
-    )
+    shown = f"{place.count} chips as {used or 'one'}"
+    say(f"iv3 plan: compiling the step for {where}: {shown}; this can take minutes")
     start = time.perf_counter()
     program, refused = None, ""
     try:
@@ -150,8 +150,8 @@ def planned(config: TrainConfig, mesh: Mesh) -> Planned:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.rows % parts:
         raise UserError(
-            f"rows {config.rows} is no multiple of the {parts} parts of a batch (mesh.data x mesh.fsdp); set rows "
-            f"to {parts} and accumulate to what gives the batch, or raise mesh.context"
+            f"rows {config.rows} is no multiple of the {parts} parts of a batch (mesh.data x mesh.fsdp); "
+            f"set rows to {parts} and accumulate to what gives the batch, or raise mesh.context"
         )
     model = planned_model(config)
     boxed = boxed_params(model)
@@ -269,9 +269,9 @@ def _bound(
 ) -> dict[str, float]:
     """Seconds that each of a chip's limits asks for, alone, at its peak.
 
-    Memory's are the least there can be: state read and written once; the weights of a device's products written
-    once gathered and read for each pass, four with everything recomputed, in each accumulated part; the hidden
-    states between layers written and read once.
+    Memory's are the least there can be: state read and written once; the weights of a device's products
+    written once gathered and read for each pass, four with everything recomputed, in each accumulated part;
+    the hidden states between layers written and read once.
     """
     peak = PEAKS[place.chip]
     text = step.model.config.text_config
@@ -330,8 +330,8 @@ def format_plan(made: Plan) -> str:
         f"fits             {'yes' if made.fits else 'no'}",
         f"GiB a device     arguments {gib(made.argument_bytes)}, temporaries {gib(made.temporary_bytes)}, "
         f"limit {gib(made.limit_bytes)}",
-        f"GFLOPs a token   {made.flops_per_token / 1e9:.1f}, {made.executed_flops_per_token / 1e9:.1f} with what is "
-        "computed again (formulas; a sample fills its row)",
+        f"GFLOPs a token   {made.flops_per_token / 1e9:.1f}, {made.executed_flops_per_token / 1e9:.1f} with "
+        "what is computed again (formulas; a sample fills its row)",
     ]
     if made.collective_bytes_per_step is not None:
         kinds = [f"{kind} {size / 1e9:.1f}" for kind, size in made.collective_bytes_per_step.items()]

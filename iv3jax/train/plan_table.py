@@ -1,7 +1,8 @@
 """The table of docs/plan.md: every 8B stage on every topology, each row compiled for the real chips.
 
-    python -m iv3jax.train.plan_table docs/plan.md                     all rows: minutes each, one after the other
-    python -m iv3jax.train.plan_table docs/plan.md sft:long v5p-128    the rows that have all of these words
+    python -m iv3jax.train.plan_table docs/plan.md                     all rows: minutes each, one after the
+    other python -m iv3jax.train.plan_table docs/plan.md sft:long v5p-128    the rows that have all of these
+    words
 
 A row takes its place in the file as soon as it is made; the others stay as they are.
 """
@@ -12,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from iv3jax.chips import GIB
-from iv3jax.errors import UserError
 from iv3jax.data.config import DataConfig
+from iv3jax.errors import UserError
 from iv3jax.train.config import TrainConfig, experiment
 from iv3jax.train.plan import Plan, plan
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def program_of(config: TrainConfig) -> TrainConfig:
-    """The experiment without the numbers that change nothing of its program's size: rates, data, checkpoints."""
+    """The experiment without what changes nothing of its program's size: rates, data, checkpoints."""
     rates = replace(
         config.optimizer, learning_rate=1.0, final_learning_rate=0.0, warmup=0.0, weight_decay=0.0
     )

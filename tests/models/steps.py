@@ -20,7 +20,7 @@ LENGTH = 88
 
 
 def step_of(monkeypatch, shape, mesh, **config) -> Planned:
-    """The step of a model of that shape, as `iv3 plan` and the loop make it, a row for each part of the batch."""
+    """The step of a model of that shape, as the loop makes it, with a row for each part of the batch."""
     monkeypatch.setattr(plan_module, "preset", lambda _: shape)
     given = dict(length=LENGTH, chunks=4, chunk_patches=16, remat="full", dtype="float32") | config
     rows = mesh.shape["data"] * mesh.shape["fsdp"]

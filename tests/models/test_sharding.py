@@ -172,11 +172,12 @@ def test_decoding_over_a_split_cache(attention, cache_dtype):
     [("m2la", "fsdp 4, tensor 2"), ("gqa", "fsdp 2, tensor 4"), ("gqa", "context 2, fsdp 2, tensor 2")],
 )
 def test_every_weight_is_split_as_the_rules_say(attention, mesh):
-    """Each device holds 1/fsdp of a width, 1/tensor of heads, units and vocabulary, read from real shards."""
+    """Each device has 1/(fsdp·context) of a width, 1/tensor of heads, units and vocabulary: real shards."""
     sizes = dict(data=1, fsdp=1, context=1, tensor=1) | MESHES[mesh]
     model, params = random_model(even_config(attention))
     placed = jax.device_put(params, param_shardings(boxed_params(model), make_mesh(**MESHES[mesh])))
-    f, t = sizes["fsdp"], sizes["tensor"]
+    # Weights are split over the context axis as well, where it divides them.
+    f, t = sizes["fsdp"] * sizes["context"], sizes["tensor"]
     layers, tower = placed["language_model"]["layers"], placed["visual"]["tower"]
     shapes = {
         "embed": (placed["embed_tokens"]["embedding"], (96 // t, 24 // f)),
@@ -233,7 +234,7 @@ def test_colliding_rules_raise(monkeypatch):
 
 def test_specs():
     assert partition_spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(
-        None, ("fsdp",), ("tensor",), None
+        None, ("fsdp", "context"), ("tensor",), None
     )
     assert partition_spec(("batch", None, "sequence")) == PartitionSpec(("data", "fsdp"), None, ("context",))
     assert partition_spec(("batch", "embed"), ("data", "tensor")) == PartitionSpec(("data",), None)
@@ -299,3 +300,33 @@ def test_make_mesh():
 def test_make_mesh_errors(sizes, message):
     with pytest.raises(UserError, match=message):
         make_mesh(**sizes)
+
+
+def test_an_axis_that_a_weight_can_do_without_is_left_out():
+    """Where context does not divide a width, or neither axis a rank, the weight is split by what does."""
+    boxed = boxed_params(InternVideo3(even_config()))
+    layers = param_shardings(boxed, make_mesh(fsdp=2, context=4))["language_model"]["layers"]
+    spec = {name: layers["self_attn"][name]["kernel"].spec for name in ("q_proj", "kv_b_proj")}
+    # 24 over 2·4, and a rank of 13.
+    assert spec["q_proj"] == PartitionSpec(None, ("tensor",), None, ("fsdp", "context"))
+    assert spec["kv_b_proj"] == PartitionSpec(None, ("tensor",), None, None)
+    odd = param_shardings(boxed, make_mesh(fsdp=1, context=8))["visual"]["tower"]["patch_embed"]["kernel"]
+    assert odd.spec == PartitionSpec(("fsdp", "context"), None)
+
+
+def test_slices_are_joined_by_the_data_axis(monkeypatch):
+    """Two slices of four: what is not data stays inside of one."""
+
+    class Chip:
+        def __init__(self, number):
+            self.id = number
+            self.slice_index, self.process_index, self.platform = number // 4, number // 4, "cpu"
+            self.device_kind = "a chip"
+
+    chips = [Chip(n) for n in range(8)]
+    with pytest.raises(UserError, match="mesh axis 'data' has size 1; over 2 slices it must be a multiple"):
+        make_mesh(chips, fsdp=8)
+    mesh = make_mesh(chips, data=2, context=2)
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    assert dict(mesh.shape) == dict(data=2, fsdp=2, context=2, tensor=1)
+    assert set(slices[0].flat) == {0} and set(slices[1].flat) == {1}

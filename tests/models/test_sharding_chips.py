@@ -1,4 +1,4 @@
-"""The programs that pods run, compiled for chips that are not here: two layers of the 8B's width and its tower.
+"""What pods run, compiled for chips that are not here: two layers of the 8B's width and of its tower.
 
 What the tests of eight fake devices say of a CPU's programs holds for these.
 """

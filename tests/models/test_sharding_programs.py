@@ -1,4 +1,4 @@
-"""What the compiler makes of a training step on eight devices, read from its text: weights are gathered, a layer's
+"""What the compiler makes of a training step on eight devices, from its text: weights are gathered, a layer's
 when it is needed, activations stay where they are, and no device does another's part of the tower.
 """
 
@@ -41,7 +41,7 @@ def test_a_layers_weights_are_gathered_for_it_and_again_for_its_backward_pass():
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(data=2, fsdp=4), dict(fsdp=4, context=2)])
 def test_activations_are_not_summed_up_or_gathered(sizes):
-    """Of what has an axis of tokens, only ids, segments and latents are gathered. Embeddings change places."""
+    """Of what has tokens, only ids, segments and latents are gathered. Embeddings change places."""
     _, text = compiled(**sizes)
     tokens = (LENGTH, LENGTH // sizes.get("context", 1))
     for one in sent(text):

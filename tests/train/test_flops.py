@@ -72,7 +72,7 @@ def test_formulas_are_the_products_of_the_model(name):
 
 
 def test_the_8b_at_64k():
-    """Counted by hand: 16.6 GFLOPs of products with 8.3 G weights, 29 of attention over 32 K keys at a mean."""
+    """Counted by hand: 15 GFLOPs of the layers' products, 29 of attention over 32 K keys on average."""
     config = TrainConfig(
         preset="internvideo3_8b", length=65536, chunks=64, chunk_patches=4096, remat="full", dtype="bfloat16"
     )

@@ -178,7 +178,7 @@ def test_rows_of_the_table_take_their_places(tmp_path):
 @pytest.mark.slow
 @needs_compilers
 def test_a_tiny_step_on_real_chips(monkeypatch):
-    """Two layers of the 8B's width and its tower, on four v5p: it fits, and the numbers agree with each other."""
+    """Two layers of the 8B's width and of its tower, on four v5p: it fits, and the numbers agree."""
     shape = preset("internvideo3_8b")
     text = dataclasses.replace(shape.text_config, num_hidden_layers=2)
     tower = dataclasses.replace(shape.vision_config, depth=2, deepstack_visual_indexes=(0, 1))
@@ -197,7 +197,8 @@ def test_a_tiny_step_on_real_chips(monkeypatch):
     assert 12 * params / 4 < found.argument_bytes < 13 * params / 4
     assert 0 < found.temporary_bytes < found.limit_bytes - found.argument_bytes
     received = found.collective_bytes_per_step
-    # Each kernel is gathered twice, in bf16, and its gradients are passed on once; embeddings are not gathered.
+    # Each kernel is gathered twice, in bf16, and its gradients are passed on once; embeddings are not
+    # gathered.
     assert 2 * 2 * params < received["total"] < 8 * params
     assert found.tokens_per_second == pytest.approx(4 * 8192 / max(found.bound_seconds.values()))
     with pytest.raises(UserError, match="no multiple"):
