@@ -24,7 +24,7 @@ from iv3jax.conversion.split import split_of
 from iv3jax.conversion.work import save_arrays
 from iv3jax.models.attention import M2LAAttention, Tokens
 from iv3jax.models.config import TextConfig
-from iv3jax.models.decoder import DecoderLayer
+from iv3jax.models.decoder import DecoderLayer, gather_visual
 from iv3jax.models.rope import Rope
 from iv3jax.typing import Params
 
@@ -237,8 +237,10 @@ def _converted(
     rows: passes.Rows,
     modality: jax.Array,
 ) -> jax.Array:
-    deepstack, index = rows.deepstack, rows.visual_index
-    given = (hidden, None), layer, tokens(config, rows, modality), deepstack, index
+    deepstack = None
+    if rows.deepstack is not None and rows.visual_index is not None:
+        deepstack = jnp.stack([gather_visual(level, rows.visual_index) for level in rows.deepstack])
+    given = (hidden, None), layer, tokens(config, rows, modality), deepstack
     (after, _), _ = DecoderLayer(config).apply({"params": params}, *given)
     return after
 

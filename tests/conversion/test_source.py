@@ -52,14 +52,14 @@ def test_its_pieces_applied_one_by_one_are_the_model(config, tmp_path):
             {"params": source.tower()}, batch.patches, batch.patch_coords, batch.patch_segment_ids
         )
         hidden = jnp.where(index[..., None] >= 0, gather_visual(seen.tokens, index), hidden)
-        deepstack = seen.deepstack
+        deepstack = jnp.stack([gather_visual(level, index) for level in seen.deepstack])
     else:
         assert source.tower() is None
     rope = decoder_rope(batch.positions, text.rope_dim, text.rope_theta, text.mrope_section)
     tokens = Tokens(rope, batch.segment_ids, None, None, None)
     for i in range(text.num_hidden_layers):
         (hidden, _), _ = DecoderLayer(text).apply(
-            {"params": source.layer(i)}, (hidden, None), jnp.int32(i), tokens, deepstack, index
+            {"params": source.layer(i)}, (hidden, None), jnp.int32(i), tokens, deepstack
         )
     hidden = RMSNorm(text.hidden_size, text.rms_norm_eps).apply({"params": source.final_norm()}, hidden)
     logits = hidden @ source.head().T
