@@ -199,12 +199,21 @@ def _closed(shape: str) -> tuple[bool, ...]:
     return (all(side % 4 == 0 for side in sides),) * 3
 
 
-def refusal_bytes(text: str) -> int | None:
-    """The bytes a program needs, from a TPU's compiler's error that it is too large; else None."""
-    match = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", text)
-    if match is None:
-        return None
-    return round(float(match[1]) * (1 << {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]]))
+def refused_temporaries(text: str, arguments: int) -> int | None:
+    """Bytes of temporaries, from a TPU's compiler's error that a program is too large; None if it names none.
+
+    Args:
+        arguments: bytes of the program's arguments, which one of its two messages counts as well.
+    """
+    if match := re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", text):
+        return _bytes(*match.groups())
+    if match := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", text):
+        return max(_bytes(*match.groups()) - arguments, 0)
+    return None
+
+
+def _bytes(number: str, unit: str) -> int:
+    return round(float(number) * (1 << {"K": 10, "M": 20, "G": 30, "T": 40}[unit]))
 
 
 def compile_on(chip: str, mesh: Mesh, function: Callable[..., Any], shardings: Any, *shapes: Any) -> Any:

@@ -14,12 +14,12 @@ out=runs/demo
 say() { printf '\n[demo] %s\n' "$*"; }
 iv3() { "$PYTHON" -m iv3jax.cli "$@"; }
 
-[ "${1:-}" != --retrain ] || rm -rf "$out/model"
+[ "${1:-}" != --retrain ] || rm -rf "$out"
 if [ -d "$out/model" ]; then
   say "keeping the model in $out/model; --retrain makes a new one"
 else
   say "1/4 training a tiny InternVideo3 on real clips with handwritten numbers in them, about five minutes"
-  iv3 train --config digits --out "$out"
+  iv3 train --config digits --out "$out" checkpoint.every=100 # stopped in the middle, it goes on
 fi
 
 say "2/4 what it learned, on clips and handwriting that training never saw"

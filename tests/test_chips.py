@@ -2,7 +2,7 @@
 
 import pytest
 
-from iv3jax.chips import GIB, PEAKS, TOPOLOGIES, refusal_bytes, topology
+from iv3jax.chips import GIB, PEAKS, TOPOLOGIES, refused_temporaries, topology
 from iv3jax.errors import UserError
 
 
@@ -54,5 +54,10 @@ def test_bytes_of_a_refusal():
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
         "Used 129.86G of 95.74G hbm. Exceeded hbm capacity by 34.12G."
     )
-    assert refusal_bytes(text) == round(129.86 * GIB)
-    assert refusal_bytes("INTERNAL: something else") is None
+    assert refused_temporaries(text, 2 * GIB) == round(129.86 * GIB) - 2 * GIB
+    text = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+        "(16.21G) exceeds available HBM (15.75G)."
+    )
+    assert refused_temporaries(text, 2 * GIB) == round(16.21 * GIB)
+    assert refused_temporaries("INTERNAL: something else", 2 * GIB) is None

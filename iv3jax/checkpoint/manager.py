@@ -117,8 +117,7 @@ class Checkpoints:
             UserError: a checkpoint that is damaged, or of other shapes.
         """
         whole = NamedSharding(mesh, PartitionSpec())
-        with self._readable(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            lanes = reader.metadata(self.folder / str(step) / "feed").item_metadata.tree[_LANES]
+        lanes = self._shapes(step, "feed")[_LANES]
         # Said in full: otherwise Orbax takes the sharding that was saved, perhaps of other devices.
         feed = {_LANES: jax.ShapeDtypeStruct(lanes.shape, np.int32, sharding=whole)}
         found = self._restore(
@@ -131,9 +130,8 @@ class Checkpoints:
 
     def params_dtypes(self, step: int) -> dict[tuple[str, ...], Any]:
         """Path → dtype of the parameters in a checkpoint."""
-        with self._readable(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = reader.metadata(self.folder / str(step) / "state").item_metadata.tree["params"]
-            return {path: leaf.dtype for path, leaf in flatten_dict(found).items()}
+        found = flatten_dict(self._shapes(step, "state")["params"])
+        return {path: leaf.dtype for path, leaf in found.items()}
 
     def restore_params(self, step: int, abstract_params: Params) -> Params:
         """The parameters alone, as shapes with shardings say.
@@ -146,6 +144,14 @@ class Checkpoints:
         args = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
         with self._readable(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             return reader.restore(self.folder / str(step) / "state", args=args)["params"]
+
+    def _shapes(self, step: int, item: str) -> Any:
+        """The pytree of an item, with shapes and dtypes in place of arrays."""
+        with self._readable(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = reader.metadata(self.folder / str(step) / item).item_metadata
+            if found is None:
+                raise ValueError(f"{item} has lost its description")
+            return found.tree
 
     def _restore(self, step: int, **items: Any) -> Any:
         with self._readable(step):

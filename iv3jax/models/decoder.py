@@ -19,6 +19,7 @@ from iv3jax.typing import Array
 
 def gather_visual(features: Array, visual_index: Array) -> Array:
     """(B, N, D) vision tokens → (B, T, D) at the positions that name them, zero at text."""
+    features = constrain(features, "batch", None, "hidden")
     chosen = jnp.take_along_axis(features, jnp.maximum(visual_index, 0)[..., None], axis=1)
     return jnp.where(visual_index[..., None] >= 0, chosen, 0)
 
@@ -96,8 +97,11 @@ class Decoder(nn.Module):
         deepstack = None
         if visual is not None and visual_index is not None and visual.deepstack.shape[0]:
             # At their places before the layers: where a row is split, each device then keeps its own tokens'.
-            placed = [gather_visual(level.astype(run.dtype), visual_index) for level in visual.deepstack]
-            deepstack = jnp.stack([constrain(x, "batch", "sequence", "hidden") for x in placed])
+            # One level after the other, so that no more than one is whole at a time.
+            deepstack = jax.lax.map(
+                lambda level: constrain(gather_visual(level, visual_index), "batch", "sequence", "hidden"),
+                visual.deepstack.astype(run.dtype),
+            )
         hidden = constrain(hidden, "batch", "sequence", "hidden")
         entries = None if cache is None else cache.entries
         if run.scan_layers:

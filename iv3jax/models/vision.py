@@ -173,7 +173,7 @@ class VisionTower(nn.Module):
 
         def restored(x: Array) -> Array:
             """(chunks, tokens, D) → (B, N, D)."""
-            return constrain(x[:total].reshape(rows, -1, x.shape[-1]), "batch", None, "hidden")
+            return constrain(x[:total].reshape(rows, -1, x.shape[-1]), "batch", "sequence", "hidden")
 
         count = len(self.config.deepstack_visual_indexes)
         tokens = restored(tokens)

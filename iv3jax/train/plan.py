@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from iv3jax.checkpoint.patterns import resolve
 from iv3jax.checkpoint.run_folder import shape_folder
-from iv3jax.chips import CHIPS, GIB, PEAKS, Topology, devices, refusal_bytes, topology
+from iv3jax.chips import CHIPS, GIB, PEAKS, Topology, devices, refused_temporaries, topology
 from iv3jax.errors import UserError
 from iv3jax.hlo import collectives
 from iv3jax.models.batch import LOGICAL_AXES, Batch
@@ -38,6 +38,12 @@ from iv3jax.train.step import make_step
 from iv3jax.train.trainable import split, trainable
 from kernels_pallas.choice import target
 
+_OPTIONS = {
+    # Of jax 0.10.2's XLA: its Triton products find no tiles for a gradient of the tower's qkv.
+    "h100": {"xla_gpu_enable_triton_gemm": False},
+}
+"""Chip → options of its compiler."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,11 +52,13 @@ class Plan:
     Attributes:
         topology, chip, devices: where. mesh: how it is split.
         rows, accumulate, length: rows at one time over all devices, how many times, and tokens of a row.
-        fits: whether the program can run there: a TPU's compiler refuses what cannot, on a GPU the bytes are
+        fits: whether the program can run there: a TPU's compiler refuses what cannot; on a GPU the bytes are
             summed.
         argument_bytes: parameters, the optimiser's state and the batch.
         temporary_bytes: what the program needs besides, results that take no argument's place included; where
-            the compiler refuses, the bytes it names less the arguments; None if it names none.
+            the compiler refuses, those that it names; None if it names none.
+        peak_bytes: arguments, and what is alive of the temporaries where most is: this is what must fit. None
+            where there is no program.
         limit_bytes: what the device has for a program.
         collective_bytes_per_step: kind → bytes a device must at least receive, and their "total"; None where
             there is no program.
@@ -73,6 +81,7 @@ class Plan:
     fits: bool
     argument_bytes: int
     temporary_bytes: int | None
+    peak_bytes: int | None
     limit_bytes: int
     collective_bytes_per_step: dict[str, int] | None
     flops_per_token: float
@@ -103,7 +112,7 @@ class Planned:
         places = jax.tree.map(lambda x: x.sharding, self.arguments[0])
         with target(CHIPS[chip]), jax.set_mesh(self.mesh):
             step = jax.jit(self.function, donate_argnums=(0,), out_shardings=(places, None))
-            return step.lower(*self.arguments).compile()
+            return step.lower(*self.arguments).compile(_OPTIONS.get(chip))
 
     @property
     def argument_bytes(self) -> int:
@@ -210,16 +219,17 @@ def _plan(
 ) -> Plan:
     limit = PEAKS[place.chip].memory
     arguments = step.argument_bytes
+    peak = None
     received: dict[str, int] | None = None
     if program is None:
-        needed = refusal_bytes(refused)
-        temporary = None if needed is None else max(needed - arguments, 0)
+        temporary = refused_temporaries(refused, arguments)
         fits = False
     else:
         memory = program.memory_analysis()
         arguments = memory.argument_size_in_bytes
         extra = memory.output_size_in_bytes - memory.alias_size_in_bytes
         temporary = memory.temp_size_in_bytes + extra
+        peak = memory.peak_memory_in_bytes
         fits = place.chip != "h100" or arguments + temporary <= limit
         received = {}
         for one in collectives(program.as_text()):
@@ -239,6 +249,7 @@ def _plan(
         fits=fits,
         argument_bytes=arguments,
         temporary_bytes=temporary,
+        peak_bytes=peak,
         limit_bytes=limit,
         collective_bytes_per_step=received,
         flops_per_token=flops.training,
@@ -329,7 +340,7 @@ def format_plan(made: Plan) -> str:
         f"batch            {made.rows} rows x {made.accumulate} of {made.length} tokens",
         f"fits             {'yes' if made.fits else 'no'}",
         f"GiB a device     arguments {gib(made.argument_bytes)}, temporaries {gib(made.temporary_bytes)}, "
-        f"limit {gib(made.limit_bytes)}",
+        f"at one time {gib(made.peak_bytes)}, limit {gib(made.limit_bytes)}",
         f"GFLOPs a token   {made.flops_per_token / 1e9:.1f}, {made.executed_flops_per_token / 1e9:.1f} with "
         "what is computed again (formulas; a sample fills its row)",
     ]

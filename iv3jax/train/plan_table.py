@@ -20,14 +20,17 @@ from iv3jax.train.plan import Plan, plan
 
 CONFIGS = ("cpt", "sft:short", "sft:long")
 TOPOLOGIES = ("v5p-128", "v5e-256", "v5p-512", "h100x64")
-ROWS = [(name, where, "") for where in TOPOLOGIES for name in CONFIGS] + [("lora", "h100x8", "")]
+ON_SMALL_CHIPS = "mesh.fsdp=32 rows=32 accumulate=4"
+NEEDED = {("cpt", "v5e-256"): ON_SMALL_CHIPS, ("sft:short", "v5e-256"): ON_SMALL_CHIPS}
+ROWS = [(name, where, NEEDED.get((name, where), "")) for where in TOPOLOGIES for name in CONFIGS]
+ROWS.append(("lora", "h100x8", ""))
 """Experiment, topology, and overrides that it needs there."""
 
 HEAD = (
-    "| config | topology | overrides | mesh | rows | fits | arguments GiB | temporaries GiB | limit GiB | "
-    "received GB a step | TFLOPs a token | tokens/s at most | compiled in |"
+    "| config | topology | overrides | mesh | rows | fits | arguments GiB | temporaries GiB | "
+    "at one time GiB | limit GiB | received GB a step | TFLOPs a token | tokens/s at most | compiled in |"
 )
-RULE = "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+RULE = "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 BEGIN, END = "<!-- plan table -->", "<!-- end of plan table -->"
 
 
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
                     known[key] = plan(config, where)
                 made = row(name, where, overrides, known[key])
             except UserError as error:
-                made = _cells(name, where, overrides, f"not compiled: {error}", *[""] * 9)
+                made = _cells(name, where, overrides, f"not compiled: {error}", *[""] * 10)
             place(Path(path), made)
             print(made, flush=True)
     return 0
@@ -77,6 +80,7 @@ def row(name: str, where: str, overrides: str, made: Plan) -> str:
         "yes" if made.fits else f"no: {made.advice[0]}",
         f"{made.argument_bytes / GIB:.2f}",
         "?" if made.temporary_bytes is None else f"{made.temporary_bytes / GIB:.2f}",
+        "" if made.peak_bytes is None else f"{made.peak_bytes / GIB:.2f}",
         f"{made.limit_bytes / GIB:.2f}",
         "" if received is None else f"{received['total'] / 1e9:.0f}",
         f"{made.executed_flops_per_token / 1e12:.3f}",

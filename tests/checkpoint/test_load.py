@@ -50,7 +50,8 @@ def test_bit_equal(tmp_path, attention, dtype, shards, mesh):
     assert_same_bits(loaded.params, config, values)
     kernel = loaded.params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert len(kernel.sharding.device_set) == (1 if mesh is None else 8)
-    parts = (mesh or {}).get("fsdp", 1), (mesh or {}).get("tensor", 1)
+    sizes = {"fsdp": 1, "context": 1, "tensor": 1} | (mesh or {})
+    parts = sizes["fsdp"] * sizes["context"], sizes["tensor"]
     assert kernel.addressable_shards[0].data.shape == (3, 32 // parts[1], 24 // parts[0])
 
 

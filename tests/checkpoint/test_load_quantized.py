@@ -107,7 +107,7 @@ def test_a_mesh_holds_and_computes_the_same(tmp_path, attention, weights, mesh, 
     layers = many.params["language_model"]
     mlp = (layers["layers"] if scan_layers else layers["layers_1"])["mlp"]["down_proj"]
     packed = 2 if weights == "nf4" else 1
-    parts = mesh["tensor"] * packed, mesh.get("fsdp", 1)
+    parts = mesh["tensor"] * packed, mesh.get("fsdp", 1) * mesh.get("context", 1)
     assert mlp["kernel_codes"].addressable_shards[0].data.shape[-2:] == (32 // parts[0], 24 // parts[1])
     assert mlp["kernel_scale"].addressable_shards[0].data.shape[-2:] == (1, 24 // parts[1])
     samples = [conversation(config, [2, ("video", 2, 4, 4), 3], seed) for seed in range(4)]

@@ -33,7 +33,9 @@ def test_a_layers_weights_are_gathered_for_it_and_again_for_its_backward_pass():
     for one in sent(text):
         if one.kind == "all-gather" and "/language_model/while" in one.name:
             assert len(one.shapes) == 1 and one.group == 8
-            gathers[one.shapes[0]] += one.times
+            # XLA may gather a layer's slice of a stack before or after it drops the stack's axis.
+            shape = one.shapes[0]
+            gathers[shape[1:] if shape[0] == 1 else shape] += one.times
     # kv_b_proj has an odd rank, which nothing divides: every device has it whole.
     shapes = [s for path, s in kernels(step, "language_model").items() if "kv_b_proj" not in path]
     assert gathers == {s: 2 * LAYERS * n for s, n in Counter(shapes).items()}

@@ -36,6 +36,7 @@ def made(**changes) -> Plan:
         fits=True,
         argument_bytes=2 * GIB,
         temporary_bytes=60 * GIB,
+        peak_bytes=50 * GIB,
         limit_bytes=96 * GIB,
         collective_bytes_per_step={"all-gather": 10**11, "total": 10**11},
         flops_per_token=1e11,
