@@ -38,7 +38,7 @@ from iv3jax.train.step import make_step
 from iv3jax.train.trainable import split, trainable
 from kernels_pallas.choice import target
 
-_OPTIONS = {
+_OPTIONS: dict[str, dict[str, str | bool]] = {
     # Of jax 0.10.2's XLA: its Triton products find no tiles for a gradient of the tower's qkv.
     "h100": {"xla_gpu_enable_triton_gemm": False},
 }
@@ -60,8 +60,8 @@ class Plan:
         peak_bytes: arguments, and what is alive of the temporaries where most is: this is what must fit. None
             where there is no program.
         limit_bytes: what the device has for a program.
-        collective_bytes_per_step: kind → bytes a device must at least receive, and their "total"; None where
-            there is no program.
+        collective_bytes_per_step: bytes a device must at least receive; None where there is no program.
+        collectives: the same by kind.
         flops_per_token: forward and backward, for each token of a row, one sample filling it.
         executed_flops_per_token: with everything computed twice.
         bound_seconds: a model's lower bound of a step's time: the longest of "compute", "memory" and
@@ -83,7 +83,8 @@ class Plan:
     temporary_bytes: int | None
     peak_bytes: int | None
     limit_bytes: int
-    collective_bytes_per_step: dict[str, int] | None
+    collective_bytes_per_step: int | None
+    collectives: dict[str, int] | None
     flops_per_token: float
     executed_flops_per_token: float
     bound_seconds: dict[str, float]
@@ -234,9 +235,9 @@ def _plan(
         received = {}
         for one in collectives(program.as_text()):
             received[one.kind] = received.get(one.kind, 0) + round(one.received)
-        received["total"] = sum(received.values())
     flops = _flops(config, step)
-    bound = _bound(config, place, step, flops, None if received is None else received["total"])
+    total = None if received is None else sum(received.values())
+    bound = _bound(config, place, step, flops, total)
     tokens = config.rows * config.accumulate * config.length
     return Plan(
         topology=place.name,
@@ -251,7 +252,8 @@ def _plan(
         temporary_bytes=temporary,
         peak_bytes=peak,
         limit_bytes=limit,
-        collective_bytes_per_step=received,
+        collective_bytes_per_step=total,
+        collectives=received,
         flops_per_token=flops.training,
         executed_flops_per_token=flops.executed,
         bound_seconds=bound,
@@ -344,9 +346,12 @@ def format_plan(made: Plan) -> str:
         f"GFLOPs a token   {made.flops_per_token / 1e9:.1f}, {made.executed_flops_per_token / 1e9:.1f} with "
         "what is computed again (formulas; a sample fills its row)",
     ]
-    if made.collective_bytes_per_step is not None:
-        kinds = [f"{kind} {size / 1e9:.1f}" for kind, size in made.collective_bytes_per_step.items()]
-        lines.append(f"GB received      {', '.join(kinds)} (a device and step, from the program)")
+    if made.collectives is not None and made.collective_bytes_per_step is not None:
+        kinds = [f"{kind} {size / 1e9:.1f}" for kind, size in made.collectives.items()]
+        total = f"{made.collective_bytes_per_step / 1e9:.1f}"
+        lines.append(
+            f"GB received      {', '.join([*kinds, f'total {total}'])} (a device and step, from the program)"
+        )
     if made.tokens_per_second is not None:
         times = ", ".join(f"{name} {seconds:.2f}" for name, seconds in made.bound_seconds.items())
         lines.append(

@@ -82,7 +82,7 @@ def row(name: str, where: str, overrides: str, made: Plan) -> str:
         "?" if made.temporary_bytes is None else f"{made.temporary_bytes / GIB:.2f}",
         "" if made.peak_bytes is None else f"{made.peak_bytes / GIB:.2f}",
         f"{made.limit_bytes / GIB:.2f}",
-        "" if received is None else f"{received['total'] / 1e9:.0f}",
+        "" if received is None else f"{received / 1e9:.0f}",
         f"{made.executed_flops_per_token / 1e12:.3f}",
         "" if made.tokens_per_second is None else f"{made.tokens_per_second:,.0f}",
         f"{made.compile_seconds:.0f} s",

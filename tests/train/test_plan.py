@@ -38,7 +38,8 @@ def made(**changes) -> Plan:
         temporary_bytes=60 * GIB,
         peak_bytes=50 * GIB,
         limit_bytes=96 * GIB,
-        collective_bytes_per_step={"all-gather": 10**11, "total": 10**11},
+        collective_bytes_per_step=10**11,
+        collectives={"all-gather": 10**11},
         flops_per_token=1e11,
         executed_flops_per_token=2e11,
         bound_seconds={"compute": 50.0, "memory": 1.0, "network": 2.0},
@@ -150,6 +151,7 @@ def test_what_is_said():
         fits=False,
         temporary_bytes=None,
         collective_bytes_per_step=None,
+        collectives=None,
         tokens_per_second=None,
         advice=("x",),
     )
@@ -200,7 +202,8 @@ def test_a_tiny_step_on_real_chips(monkeypatch):
     received = found.collective_bytes_per_step
     # Each kernel is gathered twice, in bf16, and its gradients are passed on once; embeddings are not
     # gathered.
-    assert 2 * 2 * params < received["total"] < 8 * params
+    assert received == sum(found.collectives.values())
+    assert 2 * 2 * params < received < 8 * params
     assert found.tokens_per_second == pytest.approx(4 * 8192 / max(found.bound_seconds.values()))
     with pytest.raises(UserError, match="no multiple"):
         plan(dataclasses.replace(config, rows=2), "v5p-8", lines.append)
