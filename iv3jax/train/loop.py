@@ -152,8 +152,12 @@ class _Run:
         preemption = None if checkpoints is None else stack.enter_context(Preemption())
         profiler = stack.enter_context(Profiler(self.out))
         places = split(self.shardings, self.trained)[0]
+        # The new state lies where the old one lay: elsewhere, the next step would be compiled anew.
+        whole = jax.tree.map(lambda x: x.sharding, state)
         step = jax.jit(
-            make_step(self.optimizer, job.objective, config.accumulate, places), donate_argnums=(0,)
+            make_step(self.optimizer, job.objective, config.accumulate, places),
+            donate_argnums=(0,),
+            out_shardings=(whole, None),
         )
         meter = _Meter(self.lr, config.on_nonfinite)
         held_out = _HeldOut(job, frozen) if job.held_out is not None and config.held_out.every else None

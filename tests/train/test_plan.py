@@ -203,8 +203,8 @@ def test_a_tiny_step_on_real_chips(monkeypatch):
     assert 12 * params / 4 < found.argument_bytes < 13 * params / 4
     assert 0 < found.temporary_bytes < found.limit_bytes - found.argument_bytes
     received = found.collective_bytes_per_step
-    # In bf16 the layers' weights are gathered twice, head and tower once, embeddings never, each from three of
-    # four chips; gradients come on top.
+    # In bf16 the layers' weights are gathered twice, head and tower once, embeddings never, each from three
+    # of four chips; gradients come on top.
     assert received == sum(found.collectives.values())
     gathered = 2 * (2 * size("language_model") + size("lm_head", "visual")) * 3 / 4
     assert gathered < received < 8 * params
