@@ -55,5 +55,6 @@ def test_a_step_gathers_weights_and_scatters_gradients(monkeypatch, chip, topolo
     tokens = {LENGTH, LENGTH // sizes.get("context", 1)}
     wide = [one for one in found if any(tokens & set(s[:-1]) and s[-1] >= 4096 for s in one.shapes)]
     assert {one.kind for one in wide} <= {"all-to-all"}, wide
-    # The tower's weights once for all of its steps.
-    assert {one.times for one in found if "visual" in one.name and one.kind == "all-gather"} == {1}
+    # The tower's weights once for all of its steps; where a row is split, DeepStack's two levels one by one.
+    times = {one.times for one in found if "visual" in one.name and one.kind == "all-gather"}
+    assert times == ({1, 2} if "context" in sizes else {1})
