@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
-from iv3jax.checkpoint.patterns import resolve
 from iv3jax.checkpoint.run_folder import shape_folder
 from iv3jax.chips import CHIPS, GIB, PEAKS, Topology, devices, refused_temporaries, topology
 from iv3jax.errors import UserError
@@ -25,12 +24,12 @@ from iv3jax.hlo import collectives
 from iv3jax.models.batch import LOGICAL_AXES, Batch
 from iv3jax.models.config import ModelConfig
 from iv3jax.models.internvideo3 import InternVideo3, boxed_params
-from iv3jax.models.layers import Execution
 from iv3jax.models.presets import preset
 from iv3jax.sharding import param_shardings, partition_spec, unbox
 from iv3jax.train.config import TrainConfig
 from iv3jax.train.flops import Flops, flops_per_token
 from iv3jax.train.loop import mesh_of
+from iv3jax.train.model import model_of
 from iv3jax.train.objective import supervised
 from iv3jax.train.optimizer import make_optimizer
 from iv3jax.train.state import TrainState, state_shapes
@@ -163,7 +162,8 @@ def planned(config: TrainConfig, mesh: Mesh) -> Planned:
             f"rows {config.rows} is no multiple of the {parts} parts of a batch (mesh.data x mesh.fsdp); "
             f"set rows to {parts} and accumulate to what gives the batch, or raise mesh.context"
         )
-    model = planned_model(config)
+    shape = ModelConfig.from_file(shape_folder(config.init)) if config.init else preset(config.preset)
+    model = model_of(config, shape)
     boxed = boxed_params(model)
     trained = trainable(model, config.frozen)
     shardings = split(param_shardings(boxed, mesh), trained)
@@ -175,16 +175,6 @@ def planned(config: TrainConfig, mesh: Mesh) -> Planned:
     function = make_step(optimizer, objective, config.accumulate, shardings[0])
     batch = batch_shapes(config, model.config, mesh)
     return Planned(function, (state, frozen, batch), model, mesh, trained)
-
-
-def planned_model(config: TrainConfig) -> InternVideo3:
-    """The experiment's model, of its preset or with the shape of the folder `init`."""
-    shape = ModelConfig.from_file(shape_folder(config.init)) if config.init else preset(config.preset)
-    compute = jnp.dtype(config.dtype).type
-    lora = resolve(config.lora, shape, True) if config.lora.rank else None
-    kept = compute if lora is not None else jnp.float32
-    how = Execution(compute, kept, config.remat, weights=config.weights or None, lora=lora)
-    return InternVideo3(shape, how)
 
 
 def batch_shapes(config: TrainConfig, shape: ModelConfig, mesh: Mesh) -> Batch:

@@ -5,14 +5,12 @@ from dataclasses import replace
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from iv3jax import distributed
 from iv3jax.checkpoint.load import LoadedModel, load
 from iv3jax.checkpoint.lora import save_adapter
-from iv3jax.checkpoint.patterns import resolve
 from iv3jax.checkpoint.run_folder import shape_folder
 from iv3jax.checkpoint.save import save, write_shape
 from iv3jax.data.features import FeatureStore
@@ -26,7 +24,6 @@ from iv3jax.generate.encode import tower_fingerprint
 from iv3jax.models.batch import Batch
 from iv3jax.models.config import ModelConfig
 from iv3jax.models.internvideo3 import InternVideo3, boxed_params, init_params
-from iv3jax.models.layers import Execution
 from iv3jax.models.presets import preset
 from iv3jax.paths import AnyPath, PathArgument, StorePath, make_path
 from iv3jax.sharding import param_shardings
@@ -34,6 +31,7 @@ from iv3jax.train.config import TrainConfig
 from iv3jax.train.digits import digit_feed
 from iv3jax.train.feeds import place_batch, row_group
 from iv3jax.train.loop import Job, mesh_of, train
+from iv3jax.train.model import model_of
 from iv3jax.train.objective import supervised
 from iv3jax.train.trainable import trainable
 from iv3jax.typing import Params
@@ -92,29 +90,18 @@ def run(config: TrainConfig, out: PathArgument) -> AnyPath:
 def begin(config: TrainConfig) -> tuple[InternVideo3, AnyPath, Callable[[Params], Params]]:
     """The model, the folder of its tokenizer, and what makes its first parameters where shardings say.
 
-    Trained parameters are fp32; beside low-rank additions the others are of the dtype of computing.
-
     Raises:
         UserError: `load`'s; a preset that cannot be trained because it has no tokenizer.
     """
     folder, shape = shape_of(config)
-    how = Execution(remat=config.remat, lora=config.lora if config.lora.rank else None)
-    compute = jnp.dtype(config.dtype).type
-    kept = compute if how.lora is not None else jnp.float32
-    how = replace(
-        how,
-        dtype=compute,
-        param_dtype=kept,
-        lora=resolve(how.lora, shape, how.scan_layers),
-        weights=config.weights or None,
-    )
-    model = InternVideo3(shape, how)
+    model = model_of(config, shape)
+    how = model.run
 
     def start(shardings: Params) -> Params:
         if not config.init:
             return init_params(model, jax.random.key(config.seed), shardings)
         mesh = jax.tree.leaves(shardings)[0].mesh
-        return load(config.init, dtype=kept, mesh=mesh, run=how, weights=how.weights).params
+        return load(config.init, dtype=how.param_dtype, mesh=mesh, run=how, weights=how.weights).params
 
     return model, folder, start
 
