@@ -27,7 +27,9 @@ def modules(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         place = str(tmp_path_factory.mktemp("modules"))
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", place)
-        patch.setattr(sys, "path", [*sys.path])
+        # A test before this one may have left transformers' usual place in the path, which would hide ours.
+        others = [folder for folder in sys.path if not Path(folder, "transformers_modules").is_dir()]
+        patch.setattr(sys, "path", others)
         yield
     forget()
 
