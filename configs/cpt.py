@@ -14,8 +14,8 @@ import ml_collections
 
 TINY_PRETRAINING = (
     dict(kind="task:read", weight=1.0),
-    dict(kind="task:at", weight=2.0, options=("seconds=4,8", "frames=16", "questions=3")),
-    dict(kind="task:when", weight=2.0, options=("seconds=4,8", "frames=16", "questions=3")),
+    dict(kind="task:at", weight=2.0, options=("seconds=5,8", "shown=1.5,3.5", "frames=16", "questions=3")),
+    dict(kind="task:when", weight=2.0, options=("seconds=5,8", "shown=1.5,3.5", "frames=16", "questions=3")),
 )
 
 

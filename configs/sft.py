@@ -17,14 +17,14 @@ VARIANTS = ("short", "long", "tiny_short", "tiny_long")
 
 TINY_SHORT = (
     dict(kind="task:read", weight=1.0),
-    dict(kind="task:at", weight=1.0, options=("seconds=4,8", "frames=16", "questions=3")),
-    dict(kind="task:when", weight=1.0, options=("seconds=4,8", "frames=16", "questions=3")),
+    dict(kind="task:at", weight=1.0, options=("seconds=5,8", "shown=1.5,3.5", "frames=16", "questions=3")),
+    dict(kind="task:when", weight=1.0, options=("seconds=5,8", "shown=1.5,3.5", "frames=16", "questions=3")),
     dict(kind="task:order", weight=1.0, options=("frames=16", "questions=3")),
 )
 TINY_LONG = (
     dict(kind="task:read", weight=1.0),
-    dict(kind="task:at", weight=1.0, options=("frames=128", "questions=3")),
-    dict(kind="task:when", weight=1.0, options=("frames=128", "questions=3")),
+    dict(kind="task:at", weight=1.0, options=("seconds=16,64", "shown=2,7", "frames=128", "questions=3")),
+    dict(kind="task:when", weight=1.0, options=("seconds=16,64", "shown=2,7", "frames=128", "questions=3")),
     dict(kind="task:count", weight=1.0, options=("frames=128",)),
 )
 

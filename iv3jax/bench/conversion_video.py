@@ -79,7 +79,7 @@ def bench_video(folder: Path, model: str | None, videos: int = 100, seed: int = 
     """
     # Progress must not stand among what is printed as JSON.
     with redirect_stdout(sys.stderr):
-        source = model or str(_trained(folder / "source"))
+        source = model or str(trained_source(folder / "source"))
         bench = _Bench(folder / f"video-{Source.open(source).fingerprint()[:8]}", source, videos, seed)
         rows = [bench.row("source", bench.source)]
         for name, config in variants().items():
@@ -90,11 +90,18 @@ def bench_video(folder: Path, model: str | None, videos: int = 100, seed: int = 
     return {"videos": videos, "seed": seed, "recovery": list(RECOVERY), "rows": rows}
 
 
-def _trained(folder: Path) -> Path:
-    """A source of the demo's task and length."""
+def trained_source(folder: Path) -> Path:
+    """A source of the demo's task and length, trained where the folder does not hold it."""
     if not (folder / "model").is_dir():
         run(experiment("digits", ["preset=tiny_gqa"]), folder)
     return folder / "model"
+
+
+def calibration_of(source: str) -> Calibration:
+    """Conversations about videos made like those that the source was trained on."""
+    config = ModelConfig.from_file(Path(source))
+    stream = samples(np.random.default_rng(5), Processor.from_dir(Path(source), config), DigitsConfig(), 1.0)
+    return from_samples(list(islice(stream, SAMPLES)), config, length=LENGTH, rows=ROWS)
 
 
 @dataclass(frozen=True)
@@ -114,11 +121,7 @@ class _Bench:
 
     @cached_property
     def _calibration(self) -> Calibration:
-        config = ModelConfig.from_file(Path(self.source))
-        stream = samples(
-            np.random.default_rng(5), Processor.from_dir(Path(self.source), config), DigitsConfig(), 1.0
-        )
-        return from_samples(list(islice(stream, SAMPLES)), config, length=LENGTH, rows=ROWS)
+        return calibration_of(self.source)
 
     def converted(self, name: str, config: ConvertConfig) -> str:
         """The folder of a conversion, made where it is missing."""

@@ -6,12 +6,24 @@ import json
 from iv3jax.cli.parse import Command
 from iv3jax.cli.source import load_model, model_name
 
+NAMES = (
+    "digits",
+    "generate",
+    "weights",
+    "cache",
+    "kernels",
+    "tune",
+    "export",
+    "conversion",
+    "train",
+    "stages",
+)
+
 
 def add(command: Command) -> None:
     """Adds the command to the parser."""
     sub = command("bench", _bench, "Measure something, side by side with its control or peer.")
-    names = ["digits", "generate", "weights", "cache", "kernels", "tune", "export", "conversion", "train"]
-    sub.add_argument("name", choices=names)
+    sub.add_argument("name", choices=NAMES)
     sub.add_argument(
         "--model", help="model folder (default: what launch/demo.sh trained; conversion trains its own)"
     )
@@ -25,7 +37,18 @@ def add(command: Command) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from iv3jax.bench import cache, conversion, digits, export, generate, kernels, train, tune, weights
+    from iv3jax.bench import (
+        cache,
+        conversion,
+        digits,
+        export,
+        generate,
+        kernels,
+        stages,
+        train,
+        tune,
+        weights,
+    )
 
     def videos(default: int) -> int:
         return default if args.samples is None else args.samples
@@ -41,6 +64,7 @@ def _bench(args: argparse.Namespace) -> int:
         "kernels": (kernels, kernels.bench_kernels),
         "tune": (tune, tune.bench_tune),
         "train": (train, train.bench_train),
+        "stages": (stages, lambda: stages.bench_stages(args.model, videos(100), args.seed)),
         "export": (export, lambda: export.bench_export(args.layers)),
         "conversion": (
             conversion,
