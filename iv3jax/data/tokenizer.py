@@ -143,6 +143,13 @@ class Tokenizer:
         """The text of the ids; invalid UTF-8 becomes U+FFFD, and ids without a token are skipped."""
         return self._join(ids, skip_special).decode("utf-8", errors="replace")
 
+    def text_bytes(self, index: int) -> bytes:
+        """The bytes that a token of ordinary text stands for; none if it is special, added or unknown.
+
+        They may be a part of a character, which `decode` would turn into another one.
+        """
+        return b"" if index in self._added else self._token_bytes(index)
+
     def to_json(self) -> str:
         """The content of the `tokenizer.json` this was read from."""
         return self._text
