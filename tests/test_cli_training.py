@@ -94,7 +94,7 @@ def test_encode_keeps_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "none.mp4" in refused(capsys, "data", "encode", tmp_path / "none.mp4", *argv[3:])
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path):
     """A real process: interrupted after some steps it leaves with 130, and is at its end the second time."""
     argv = [sys.executable, "-m", "iv3jax.cli", "train", "--config", "digits", "--out", str(tmp_path)]

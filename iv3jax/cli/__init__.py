@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from iv3jax.cli import benches, models, training
+from iv3jax.cli import benches, models, trace, training
 from iv3jax.cli.parse import Run
 from iv3jax.errors import UserError
 
@@ -38,6 +38,6 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    for module in (models, training, benches):
+    for module in (models, training, trace, benches):
         module.add(command)
     return parser

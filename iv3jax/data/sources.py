@@ -19,9 +19,11 @@ KINDS: Mapping[str, Callable[[SourceConfig], Sequence[Found]]] = {
     "llava": llava_json.open_conversations,
     "tfds": tfds_source.open_dataset,
 }
-"""`SourceConfig.kind` → what opens it. `task:NAME` is a synthetic task of iv3jax/data/tasks."""
+"""`SourceConfig.kind` → what opens it. `task:NAME` is a synthetic task of iv3jax/data/tasks, `trace:NAME` the
+scripted traces of one.
+"""
 
-_TASK = "task:"
+_TASK, _TRACE = "task:", "trace:"
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ def open_sources(config: DataConfig) -> tuple[Opened, ...]:
 
 
 def _open(entry: SourceConfig, where: str) -> Sequence[Found]:
-    if entry.kind.startswith(_TASK):
+    if entry.kind.startswith((_TASK, _TRACE)):
         label = entry.name or entry.kind
         return [(label, Named(label, _open_task(entry, where)), 1.0)]
     if entry.kind not in KINDS:
-        raise UserError(f"{where}.kind: {entry.kind!r} is not one of {', '.join(KINDS)}, {_TASK}NAME")
+        raise UserError(
+            f"{where}.kind: {entry.kind!r} is not one of {', '.join(KINDS)}, {_TASK}NAME, {_TRACE}NAME"
+        )
     if not entry.path:
         raise UserError(f"{where}.path: is missing; a source of kind {entry.kind} is read from a file")
     return KINDS[entry.kind](entry)
@@ -91,9 +95,10 @@ def _open(entry: SourceConfig, where: str) -> Sequence[Found]:
 
 def _open_task(entry: SourceConfig, where: str) -> Source:
     # Tasks draw with libraries that no other source needs.
-    from iv3jax.data.tasks import TASKS
+    from iv3jax.data.tasks import TASKS, TRACES
 
-    name = entry.kind.removeprefix(_TASK)
-    if name not in TASKS:
-        raise UserError(f"{where}.kind: there is no task {name!r}; known are {', '.join(sorted(TASKS))}")
-    return TASKS[name](entry.options)
+    prefix, _, name = entry.kind.partition(":")
+    known: Mapping[str, Callable[[tuple[str, ...]], Source]] = TASKS if f"{prefix}:" == _TASK else TRACES
+    if name not in known:
+        raise UserError(f"{where}.kind: there is no task {name!r}; known are {', '.join(sorted(known))}")
+    return known[name](entry.options)

@@ -18,6 +18,7 @@ FREE = (
     "on_nonfinite",
     "data.workers",
     "data.timeout",
+    "traces",
 )
 """Fields, or groups of them, that change how a run is computed and not what."""
 

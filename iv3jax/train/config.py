@@ -4,14 +4,20 @@ import dataclasses
 import difflib
 import importlib
 import json
+from collections import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from iv3jax.data.config import DataConfig, SourceConfig
 from iv3jax.errors import UserError
+from iv3jax.mcr.rewards import RewardConfig
+from iv3jax.mcr.rollout_config import RolloutConfig
 from iv3jax.models.lora import Lora
+from iv3jax.train.collect_config import CollectConfig, TracesConfig, check_stage
 from iv3jax.train.optimizer import OptimizerConfig
+from iv3jax.train.rl import RLConfig
 
 T = TypeVar("T")
 
@@ -87,15 +93,16 @@ class HeldOutConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One supervised run.
+    """One run.
 
     Attributes:
+        stage: "supervised" learns from samples; "rl" from the rewards of its own rollouts.
         preset: the model's shape, unless `init` has one.
         init: where to start: a model folder or hub id, its shape included, or the folder of another run,
             whose latest checkpoint it is; empty: random weights.
         steps: optimiser steps.
         rows: rows over all devices that are computed at one time. accumulate: so many times, for one step.
-        length: tokens of a row.
+        length: tokens of a row; where rows are rollouts, a prompt and `rollout.budget` together.
         chunks: vision chunks of a row. chunk_patches: patches of a chunk, at least those of a temporal patch.
         seed: of the weights and of the data.
         remat: see `models.layers.REMAT_POLICIES`.
@@ -106,9 +113,12 @@ class TrainConfig:
             are added to so; empty: in `dtype`.
         on_nonfinite: "stop" ends the run where the loss is not finite, "skip" leaves that step out.
         mesh, checkpoint, held_out, optimizer, data: see there.
-        digits: of the digit task, which is what a run without `data.sources` learns.
+        digits: of the digit task, which is what a supervised run without `data.sources` learns.
+        collect, rollout, reward, rl, traces: of the stages that learn from rollouts; `data.sources` are then
+            what is asked.
     """
 
+    stage: str = "supervised"
     preset: str = "tiny"
     init: str = ""
     steps: int = 600
@@ -131,6 +141,11 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     digits: DigitsConfig = field(default_factory=DigitsConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    traces: TracesConfig = field(default_factory=TracesConfig)
 
     def __post_init__(self) -> None:
         choices = {
@@ -148,6 +163,7 @@ class TrainConfig:
                 raise UserError(f"{name} {getattr(self, name)} must be at least 1")
         if self.weights and not self.lora.rank:
             raise UserError(f"weights {self.weights!r} cannot be trained; set lora.rank to train beside them")
+        check_stage(self)
 
 
 def experiment(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -211,6 +227,12 @@ def _field(kind: Any, value: Any, name: str) -> Any:
 
 def _checked(kind: Any, value: Any, name: str) -> Any:
     """One value of the annotated kind."""
+    if get_origin(kind) is UnionType:
+        (inner,) = (one for one in get_args(kind) if one is not NoneType)
+        return None if value is None else _checked(inner, value, name)
+    if get_origin(kind) is abc.Mapping and isinstance(value, Mapping):
+        (_, inner) = get_args(kind)
+        return {key: _checked(inner, one, f"{name}.{key}") for key, one in value.items()}
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is float and number:
         return float(value)

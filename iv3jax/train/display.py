@@ -53,11 +53,13 @@ class Display:
         """Reports a finished step; the loss shown is smoothed over about 20 steps.
 
         Args:
-            numbers: loss, grad_norm, learning_rate, tokens_per_second, wait_share, compiles.
+            numbers: loss, grad_norm, learning_rate, tokens_per_second, wait_share, compiles, and the mean
+                reward of rollouts, if there were any.
         """
         loss = numbers["loss"]
         self._loss = loss if math.isnan(self._loss) else 0.95 * self._loss + 0.05 * loss
-        text = (
+        reward = f"reward {numbers['reward']:.3f} · " if "reward" in numbers else ""
+        text = reward + (
             f"loss {self._loss:.3f} · |g| {numbers['grad_norm']:.2g} · lr {numbers['learning_rate']:.2g} · "
             f"{numbers['tokens_per_second']:,.0f} tokens/s · waiting {numbers['wait_share']:.0%} · "
             f"{numbers['compiles']:.0f} compiles"

@@ -241,4 +241,4 @@ def distillation(
         reference = needed(batch.reference, "reference")
         return sampled_losses(found.logprob, reference, batch.sampler, batch.free, config.truncation)
 
-    return Objective(weights, losses)  # type: ignore[arg-type]
+    return Objective(weights, losses)

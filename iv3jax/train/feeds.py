@@ -1,20 +1,70 @@
-"""Feeds made of a function of the step, and how a host's rows become the global batch (`data/feed.py`)."""
+"""What gives the loop its batches: feeds (`data/feed.py`), whose rows become the global batch here, some of
+them made of a function of the step; and collectors, which make a batch with the parameters as they are.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from iv3jax.data.feed import Fed
+from iv3jax.data.feed import Fed, Feed
 from iv3jax.errors import UserError
 from iv3jax.models.batch import LOGICAL_AXES, Batch, dealt
 from iv3jax.sharding import RULES, partition_spec, zigzag
-from iv3jax.typing import Array
+from iv3jax.typing import Array, Params
 
 _AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Ready:
+    """One step's batch, where the step takes it.
+
+    Attributes:
+        batch: of all hosts, on the devices: a Batch or a PolicyBatch.
+        names: of what it was made of, for messages.
+        tokens: of this host's part of it, padding not counted.
+        state: (lanes, S), of this host; see `data.feed.Fed`.
+        waited: seconds that the loop waited for the host's part of the work.
+        numbers: what is to be logged with the step.
+    """
+
+    batch: Any
+    names: tuple[str, ...]
+    tokens: int
+    state: np.ndarray
+    waited: float
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Collector(Protocol):
+    """What makes batches with the parameters as they are: that of step i depends on i and on them alone."""
+
+    def collect(self, step: int, params: Params, frozen: Params) -> Ready:
+        """The batch of a step, counted from 0; called for one step after the other.
+
+        Args:
+            params, frozen: the two halves of the parameters (`trainable.split`).
+        """
+
+    def close(self) -> None:
+        """Ends its threads."""
+
+
+def ready(feed: Feed | Collector, step: int, params: Params, frozen: Params, mesh: Mesh) -> Ready:
+    """The batch of a step, from whatever gives it."""
+    if isinstance(feed, Collector):
+        return feed.collect(step, params, frozen)
+    fed = next(feed)
+    names = tuple(name for row in fed.names for name in row)
+    tokens = int(np.sum(fed.batch.segment_ids != 0))
+    return Ready(place_batch(fed.batch, mesh), names, tokens, fed.state, fed.waited)
 
 
 class StepFeed:

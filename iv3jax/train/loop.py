@@ -1,6 +1,7 @@
 """The training loop of all stages: one state, one step, one feed; saved, stopped and gone on with exactly.
 
-A stage is a Job: what is made small, and where the batches come from. Resuming follows one order: the run's
+A stage is a Job: what is made small, and where the batches come from: a feed of samples, or a collector that
+makes them with the parameters as they are (`feeds.py`). Resuming follows one order: the run's
 own latest checkpoint; else what `config.init` names (another run's checkpoint, a model folder); else random
 weights.
 """
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 from iv3jax import ops
 from iv3jax.checkpoint.manager import Checkpoints
 from iv3jax.compiles import Stopwatch
-from iv3jax.data.feed import Fed, Feed
+from iv3jax.data.feed import Feed
 from iv3jax.distributed import startup_lines
 from iv3jax.errors import UserError
 from iv3jax.models.internvideo3 import InternVideo3, boxed_params
@@ -30,7 +31,8 @@ from iv3jax.sharding import make_mesh, param_shardings
 from iv3jax.train.changes import check_changes
 from iv3jax.train.config import MeshConfig, TrainConfig
 from iv3jax.train.display import Display
-from iv3jax.train.feeds import place_batch, place_lanes, row_group
+from iv3jax.train.distill import TEACHER
+from iv3jax.train.feeds import Collector, Ready, place_lanes, ready, row_group
 from iv3jax.train.metrics import MetricLog
 from iv3jax.train.objective import Objective
 from iv3jax.train.optimizer import learning_rate, make_optimizer
@@ -50,19 +52,24 @@ class Job:
         model, config: its shape and its numbers.
         objective: what is made small.
         open_feed: (state of this host's lanes, or None at the start; this host's part of the rows; number of
-            parts) → the batches.
+            parts) → the batches, or what makes them.
         start: shardings → whole parameters to begin with, made where they say.
         title: what the progress line begins with.
         held_out: opens the same batches of held-out samples each time, if the config wants them measured.
+        beside: the whole parameters that the run began with → those of the model that is compared with, a
+            reference or a teacher; they lie among the frozen ones at TEACHER.
+        together: steps that learn from what was collected at one time; a run stops and is saved between them.
     """
 
     model: InternVideo3
     config: TrainConfig
     objective: Objective
-    open_feed: Callable[[np.ndarray | None, int, int], Feed]
+    open_feed: Callable[[np.ndarray | None, int, int], Feed | Collector]
     start: Callable[[Params], Params]
     title: str
     held_out: Callable[[], list[Any]] | None = None
+    beside: Callable[[Params], Params] | None = None
+    together: int = 1
 
 
 class Stopped(Exception):  # noqa: N818 — no error: the run was asked to stop, and can go on
@@ -161,15 +168,16 @@ class _Run:
         )
         meter = _Meter(self.lr, config.on_nonfinite)
         held_out = _HeldOut(job, frozen) if job.held_out is not None and config.held_out.every else None
-        fed: Fed | None = None
         for number in range(done, config.steps):
             profiler.at(number)
-            fed = next(feed)
-            state, metrics = step(state, frozen, place_batch(fed.batch, self.mesh))
+            given = ready(feed, number, state.params, frozen, self.mesh)
+            state, metrics = step(state, frozen, given.batch)
+            # Its memory is wanted for the next.
+            given = dataclasses.replace(given, batch=None)
             if number == done:
                 display.say(f"kernels: {ops.log_line()}")
             # One step late, so that the devices never wait for the host to look.
-            self._report(meter.push(number + 1, metrics, fed), log, display)
+            self._report(meter.push(number + 1, metrics, given), log, display)
             measured = None
             if held_out is not None and (
                 (number + 1) % config.held_out.every == 0 or number + 1 == config.steps
@@ -180,30 +188,31 @@ class _Run:
                 if log is not None:
                     log.write(number + 1, {"held_out_loss": measured})
             stop = preemption is not None and preemption.requested(number + 1)
+            stop = stop and (number + 1) % job.together == 0
             due = config.checkpoint.every and (number + 1) % config.checkpoint.every == 0
             if checkpoints is not None and (
                 stop or due or measured is not None or number + 1 == config.steps
             ):
                 # What is saved has been looked at.
                 self._report(meter.flush(), log, display)
-                self._save(checkpoints, state, fed, number + 1, measured)
+                self._save(checkpoints, state, given.state, number + 1, measured)
             if preemption is not None and stop and number + 1 < config.steps:
                 raise Stopped(number + 1, preemption.exit_code)
         self._report(meter.flush(), log, display)
-        return join(state.params, frozen)
+        return {name: x for name, x in join(state.params, frozen).items() if name != TEACHER}
 
     def _begin(self, checkpoints: Checkpoints | None) -> tuple[TrainState, Params, np.ndarray | None]:
         """State, frozen parameters and the feed's lanes: from the latest checkpoint, else the job's start."""
         job, config = self.job, self.job.config
         latest = None if checkpoints is None else checkpoints.latest
         if checkpoints is None or latest is None:
-            params, frozen = split(job.start(self.shardings), self.trained)
+            params, frozen = self._halves()
             # A copy: the steps overwrite their own in place.
             params = jax.device_put(params, split(self.shardings, self.trained)[0], may_alias=False)
             return new_state(params, self.optimizer, config.seed, self.mesh), frozen, None
         check_changes(checkpoints.record(latest)["config"], config, checkpoints.folder)
         boxed, untrained = split(self.boxed, self.trained)
-        frozen = split(job.start(self.shardings), self.trained)[1] if jax.tree.leaves(untrained) else {}
+        frozen = self._halves()[1] if job.beside is not None or jax.tree.leaves(untrained) else {}
         places = split(self.shardings, self.trained)[0]
         restored = checkpoints.restore(
             latest, state_shapes(boxed, places, self.optimizer, self.mesh), self.mesh
@@ -212,11 +221,24 @@ class _Run:
         lanes = np.split(restored.feed, groups)[group]
         return TrainState(**restored.state), frozen, lanes
 
+    def _halves(self) -> tuple[Params, Params]:
+        """What the job begins with: the parameters to train, and the frozen ones with those beside them."""
+        whole = self.job.start(self.shardings)
+        params, frozen = split(whole, self.trained)
+        if self.job.beside is not None:
+            frozen[TEACHER] = self.job.beside(whole)
+        return params, frozen
+
     def _save(
-        self, checkpoints: Checkpoints, state: TrainState, fed: Fed, step: int, held_out: float | None
+        self,
+        checkpoints: Checkpoints,
+        state: TrainState,
+        lanes: np.ndarray,
+        step: int,
+        held_out: float | None,
     ) -> None:
         record = {"config": dataclasses.asdict(self.job.config)}
-        checkpoints.save(state._asdict(), place_lanes(fed.state, self.mesh), record, step, held_out)
+        checkpoints.save(state._asdict(), place_lanes(lanes, self.mesh), record, step, held_out)
 
     def _report(self, numbers: "_Numbers | None", log: MetricLog | None, display: Display) -> None:
         if numbers is not None:
@@ -240,31 +262,32 @@ class _Meter:
 
     def __init__(self, lr: Callable[[int], Any], on_nonfinite: str) -> None:
         self._lr, self._skip = lr, on_nonfinite == "skip"
-        self._waiting: deque[tuple[int, Metrics, Fed]] = deque()
+        self._waiting: deque[tuple[int, Metrics, Ready]] = deque()
         self._watch, self._tokens, self._waited, self._skipped = Stopwatch(), 0, 0.0, 0
 
-    def push(self, step: int, metrics: Metrics, fed: Fed) -> _Numbers | None:
+    def push(self, step: int, metrics: Metrics, given: Ready) -> _Numbers | None:
         """Takes a step's metrics, gives the one's before."""
         before = self.flush()
-        self._waiting.append((step, metrics, fed))
+        self._waiting.append((step, metrics, given))
         return before
 
     def flush(self) -> _Numbers | None:
         """What is waiting, if there is."""
         if not self._waiting:
             return None
-        step, metrics, fed = self._waiting.popleft()
-        loss, norm, weight, applied = (float(x) for x in metrics)
+        step, metrics, given = self._waiting.popleft()
+        metrics = jax.tree.map(float, metrics)
+        loss, norm, weight, applied, terms = metrics
         if not applied:
             self._skipped += 1
             if not self._skip:
-                names = ", ".join(name for row in fed.names for name in row)
+                names = ", ".join(given.names)
                 raise UserError(
                     f"the loss is {loss}, its gradient's norm {norm}, at step {step - 1}; samples: {names}; "
                     'lower the learning rate, look at the samples, or set on_nonfinite="skip"'
                 )
-        self._tokens += int(np.sum(fed.batch.segment_ids != 0))
-        self._waited += fed.waited
+        self._tokens += given.tokens
+        self._waited += given.waited
         seconds = self._watch.seconds
         values = {
             "loss": loss,
@@ -277,7 +300,7 @@ class _Meter:
             "skipped_steps": self._skipped,
             "seconds": time.time(),
         }
-        return _Numbers(step, values)
+        return _Numbers(step, values | dict(terms) | dict(given.numbers))
 
 
 class _HeldOut:

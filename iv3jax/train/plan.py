@@ -156,6 +156,8 @@ def planned(config: TrainConfig, mesh: Mesh) -> Planned:
     Raises:
         UserError: rows, or sizes of the model, that the mesh does not divide.
     """
+    if config.stage != "supervised":
+        raise UserError(f"stage {config.stage!r} cannot be planned yet, only the supervised stages can")
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.rows % parts:
         raise UserError(

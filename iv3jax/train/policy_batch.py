@@ -3,7 +3,8 @@
 All arrays of tokens are aligned like labels: at t they are about the token that t predicts, t + 1 of the row.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -69,6 +70,17 @@ POLICY_AXES = PolicyBatch(
     top_logprobs=(*_TOKENS, None),
 )
 """The logical axes of each field (`sharding.RULES`)."""
+
+
+def each_field(function: Callable[[Any, tuple[str | None, ...]], Any], batch: Any, axes: Any = None) -> Any:
+    """A Batch or PolicyBatch with `function` of each array that it has, and of that array's logical axes."""
+    if batch is None:
+        return None
+    if not hasattr(batch, "_fields"):
+        return function(batch, axes)
+    axes = axes or (POLICY_AXES if isinstance(batch, PolicyBatch) else LOGICAL_AXES)
+    pairs = zip(batch, axes, strict=True)
+    return type(batch)(*(each_field(function, value, own) for value, own in pairs))
 
 
 def needed(field: AnyArray | None, name: str) -> Array:

@@ -16,6 +16,7 @@ from iv3jax.errors import UserError
 from iv3jax.models.internvideo3 import InternVideo3
 from iv3jax.train.distill import Teacher, compared
 from iv3jax.train.objective import Objective
+from iv3jax.train.objective import Terms as ObjectiveTerms
 from iv3jax.train.policy import Rules, chosen, importance, read
 from iv3jax.train.policy_batch import PolicyBatch, needed
 from iv3jax.typing import Array, Params
@@ -191,12 +192,6 @@ def k2(logprob: Array, reference: Array, sampler: Array, free: Array, most: floa
     return importance(logprob, sampler, free, most) * jnp.square(difference) / 2
 
 
-def means(terms: Terms, free: Array) -> dict[str, Array]:
-    """Metrics: the mean over free tokens of each term but the losses."""
-    count = jnp.maximum(jnp.sum(free), 1)
-    return {name: jnp.sum(x) / count for name, x in terms._asdict().items() if name != "losses"}
-
-
 def _count(free: Array) -> Array:
     """(B, 1) fp32, the free tokens of each row, at least 1."""
     return jnp.maximum(jnp.sum(free, axis=1, keepdims=True), 1).astype(jnp.float32)
@@ -223,13 +218,18 @@ def reinforcement(
     def weights(batch: PolicyBatch) -> Array:
         return policy_weights(config, batch.free)
 
-    def losses(params: Params, batch: PolicyBatch, _: Array) -> Array:
+    def terms(params: Params, batch: PolicyBatch, _: Array) -> ObjectiveTerms:
         reading, labels = read(model, params, batch.batch), batch.labels
         if config.kl == "exact":
             assert reference is not None, "refused above"
-            found = compared(reading, reference.read(params, batch), labels, batch.states, rules)
-            return policy_losses(config, found.logprob, batch, found.kl).losses
-        logprob = chosen(reading, labels, batch.states, rules).logprob
-        return policy_losses(config, logprob, batch).losses
+            theirs = reference.read(params, batch)
+            logprob, entropy, kl = compared(reading, theirs, labels, batch.states, rules)
+        else:
+            (logprob, entropy), kl = chosen(reading, labels, batch.states, rules), None
+        found = policy_losses(config, logprob, batch, kl)._asdict()
+        return found.pop("losses"), found | {"entropy": entropy}
 
-    return Objective(weights, losses)  # type: ignore[arg-type]
+    def losses(params: Params, batch: PolicyBatch, key: Array) -> Array:
+        return terms(params, batch, key)[0]
+
+    return Objective(weights, losses, terms)

@@ -27,6 +27,7 @@ from iv3jax.models.internvideo3 import InternVideo3, boxed_params, init_params
 from iv3jax.models.presets import preset
 from iv3jax.paths import AnyPath, PathArgument, StorePath, make_path
 from iv3jax.sharding import param_shardings
+from iv3jax.train.collect_job import collecting_job
 from iv3jax.train.config import TrainConfig
 from iv3jax.train.digits import digit_feed
 from iv3jax.train.feeds import place_batch, row_group
@@ -66,17 +67,20 @@ def run(config: TrainConfig, out: PathArgument) -> AnyPath:
     processor = Processor.from_dir(folder, model.config)
     if config.data.features:
         processor, start = with_features(processor, config, model, mesh, start)
-    job = Job(
-        model,
-        config,
-        supervised(model, config.reduction),
-        _feed_of(config, processor, place / QUARANTINE),
-        start,
-        "training",
-        _held_out_of(config, processor, place / HELD_OUT_QUARANTINE, mesh)
-        if config.held_out.sources
-        else None,
-    )
+    if config.stage == "supervised":
+        job = Job(
+            model,
+            config,
+            supervised(model, config.reduction),
+            _feed_of(config, processor, place / QUARANTINE),
+            start,
+            "training",
+            _held_out_of(config, processor, place / HELD_OUT_QUARANTINE, mesh)
+            if config.held_out.sources
+            else None,
+        )
+    else:
+        job = collecting_job(config, model, processor, start, mesh, place)
     write_shape(place, model, folder)
     trained = LoadedModel(model, train(job, mesh, place), folder, mesh)
     if jax.process_count() > 1:

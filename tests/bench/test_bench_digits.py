@@ -56,7 +56,7 @@ def test_best_fixed_interval_beats_any_guess():
     assert np.mean(middle) - 1e-3 <= best < 1
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_an_untrained_model_knows_nothing():
     result = bench_digits(load("tiny", random_weights=True), 20)
     assert [row["name"] for row in result["rows"]] == [case.name for case in CASES]

@@ -25,14 +25,14 @@ def result():
         yield generate.bench_generate((24, 70), rounds=1)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_both_libraries_compute_the_same(result):
     assert [row["context"] for row in result["rows"]] == [24] * 5 + [70] * 5
     assert all(row["logits_difference"] <= 2e-4 for row in result["rows"])
     assert len({row["name"] for row in result["rows"]}) == 5
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_ratios_are_to_the_faster_transformers_gqa(result):
     for context in (24, 70):
         rows = [row for row in result["rows"] if row["context"] == context]
@@ -57,7 +57,7 @@ def test_the_floor_counts_what_a_token_reads(kind, width):
         assert generate._bytes_a_token(loaded, context) == 4 * (sum(read) + context * 3 * width)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_the_table_has_every_row(result):
     table = generate.format_table(result)
     assert table.count("iv3jax M²LA") == 2 and "read rate" in table

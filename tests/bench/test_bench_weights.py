@@ -8,7 +8,7 @@ from iv3jax.checkpoint.load import load
 from iv3jax.checkpoint.save import save
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_rows(tmp_path):
     folder = save(load("tiny", random_weights=True), tmp_path / "tiny")
     result = bench_weights(str(folder), 2)

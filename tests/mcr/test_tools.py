@@ -21,6 +21,8 @@ from iv3jax.mcr.wording import make_wording
 from iv3jax.mcr.world import Scene, TimedText, WorldSize, world_of
 from iv3jax.models.presets import preset
 
+pytestmark = pytest.mark.medium
+
 TINY = Tokenizer.from_dir(TINY_FOLDER, preset("tiny"))
 CONFIG = ToolConfig(frames=4, results=3, memory=3, grid=(2, 3))
 IDS = preset("tiny")

@@ -210,7 +210,7 @@ def dequantised(params, floats, weights):
     return unflatten_dict(leaves)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize(("attention", "weights"), [("m2la", "nf4"), ("gqa", "int8")])
 def test_over_quantised_kernels(attention, weights):
     """Beside the same additions to the dequantised kernels, gradients included; new ones change no bit."""

@@ -249,7 +249,7 @@ def test_a_quantised_model_is_the_dequantised_one(attention, weights):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("weights", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_training_beside_quantised_weights(weights):
     """Gradients of what stays in floats (embeddings, norms, biases) pass through the frozen kernels."""
     model, coded, loose, dense = models("m2la", weights)

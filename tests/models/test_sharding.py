@@ -84,11 +84,11 @@ def one_device(attention: str, rows: int):
 @pytest.mark.parametrize(
     ("attention", "mesh", "rows"),
     [
-        ("m2la", "fsdp 4, tensor 2", 4),
-        ("m2la", "fsdp 2, tensor 4", 3),
+        pytest.param("m2la", "fsdp 4, tensor 2", 4, marks=pytest.mark.slow),
+        pytest.param("m2la", "fsdp 2, tensor 4", 3, marks=pytest.mark.slow),
         ("m2la", "context 2, fsdp 2, tensor 2", 4),
-        ("gqa", "fsdp 4, tensor 2", 3),
-        ("gqa", "context 2, fsdp 2, tensor 2", 4),
+        pytest.param("gqa", "fsdp 4, tensor 2", 3, marks=pytest.mark.slow),
+        pytest.param("gqa", "context 2, fsdp 2, tensor 2", 4, marks=pytest.mark.slow),
         ("converted", "context 2, fsdp 2, tensor 2", 4),
     ],
 )

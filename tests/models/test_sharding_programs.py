@@ -55,6 +55,7 @@ def test_activations_are_not_summed_up_or_gathered(sizes):
             assert not latent or sizes.get("context")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)])
 def test_the_tower_is_not_replicated_work(sizes):
     """8 rows of 4 chunks of 16 patches, or as many as the mesh has rows: an eighth of them on each device."""
@@ -78,6 +79,7 @@ def test_the_tower_and_the_head_are_gathered_once():
     assert gathered[(3, 3, 4, 4, 16)] == gathered[(3, 24, 16)] == 1
 
 
+@pytest.mark.slow
 def test_accumulating_gathers_no_more_than_as_many_steps_would():
     _, once = compiled(1, fsdp=8)
     _, thrice = compiled(3, fsdp=8)

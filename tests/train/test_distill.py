@@ -208,7 +208,7 @@ def stepped(objective, params, frozen, rollouts):
     return float(metrics.loss), jax.tree.map(lambda x, y: np.asarray(x - y), params, after.params)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_a_step_of_the_loop():
     """The three kinds through `make_step`: the exact one and the top-K of all tokens agree, and the sampled
     one is (log π − log q)·∇log π; a teacher that is the student changes nothing.

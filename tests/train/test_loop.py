@@ -79,7 +79,7 @@ def logged(out: Path, name: str = "loss") -> dict[int, float]:
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_a_batch_is_learned_by_heart(one_device: Mesh, capsys: pytest.CaptureFixture[str]):
     params = train(job(SMALL), one_device)
     batch, objective = one_batch(0), supervised(TINY)
@@ -106,7 +106,7 @@ def test_a_run_goes_on_where_it_was_stopped(one_device: Mesh, tmp_path: Path):
     same(train(job(SIX, other_batch), one_device, tmp_path / "again"), whole)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(one_device: Mesh, tmp_path: Path):
     """One device for four steps, then eight: losses to float noise."""
     whole = train(job(SIX, other_batch), one_device, tmp_path / "whole")

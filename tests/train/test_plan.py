@@ -64,7 +64,7 @@ def test_the_shapes_of_a_batch_are_those_that_are_fed():
             assert (one.shape, one.dtype, one.sharding) == (other.shape, other.dtype, other.sharding)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_a_planned_step_runs_and_takes_the_bytes_it_says(monkeypatch):
     """On fake devices: the arguments that were planned are what the program takes, and it computes a loss."""
     step = step_of(monkeypatch, even_config(), fake_mesh(fsdp=4, context=2), accumulate=2)

@@ -90,10 +90,10 @@ def test_accumulated_parts_give_the_same_step(tiny, reference, accumulate):
     ("sizes", "accumulate"),
     [
         ({"data": 2}, 1),
-        ({"fsdp": 4}, 2),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, 1),
+        pytest.param({"fsdp": 4}, 2, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, 1, marks=pytest.mark.slow),
         ({"fsdp": 2, "context": 2, "tensor": 2}, 2),
-        ({"fsdp": 8}, 1),
+        pytest.param({"fsdp": 8}, 1, marks=pytest.mark.slow),
     ],
     ids=str,
 )

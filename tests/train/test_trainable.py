@@ -153,7 +153,7 @@ def test_frozen_parameters_stay_and_have_no_state(kind: str):
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), gradients, split(every, chosen)[0])
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_low_rank_training_on_a_mesh():
     """fsdp 4, tensor 2 against one device: additions are split as their kernels are; gradients to 1e-5."""
     model = low_rank_model(even_config())

@@ -24,6 +24,7 @@ from iv3jax.data.tasks.order import Order
 from iv3jax.data.tasks.reading import At, Read, When
 from iv3jax.data.tasks.source import TaskSource, make_source
 from iv3jax.data.tasks.task import Task
+from iv3jax.data.tasks.traces import TraceSource, make_traces
 
 KINDS: dict[str, type[Task]] = {
     "read": Read,
@@ -39,3 +40,8 @@ TASKS: dict[str, Callable[[tuple[str, ...]], TaskSource]] = {
     name: partial(make_source, name, kind) for name, kind in KINDS.items()
 }
 """What makes a source of a task from its `key=value` options: the task's fields and `source.View`'s."""
+
+TRACES: dict[str, Callable[[tuple[str, ...]], TraceSource]] = {
+    name: partial(make_traces, f"trace:{name}", kind) for name, kind in KINDS.items()
+}
+"""The same of a task's scripted traces: the task's fields and `traces.Script`'s."""

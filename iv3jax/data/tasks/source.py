@@ -146,9 +146,19 @@ def make_source(name: str, task: type[Task], options: tuple[str, ...]) -> TaskSo
     """A source from `key=value` options, of the task's fields and of View's.
 
     Raises:
+        UserError: see `parse_options`.
+    """
+    made, view = parse_options(name, options, task, View)
+    return TaskSource(name, made, view)
+
+
+def parse_options(name: str, options: tuple[str, ...], task: type[Task], kind: type[T]) -> tuple[Task, T]:
+    """A task and what else a source is made of, from `key=value` options of the fields of both.
+
+    Raises:
         UserError: an option that is unknown (the nearest is suggested), given twice, or of a wrong value.
     """
-    fields = {f.name: f for kind in (task, View) for f in dataclasses.fields(kind)}
+    fields = {f.name: f for cls in (task, kind) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for option in options:
         key, sign, text = option.partition("=")
@@ -160,7 +170,7 @@ def make_source(name: str, task: type[Task], options: tuple[str, ...]) -> TaskSo
         if key in values:
             raise UserError(f"{name}: option {key} is given twice")
         values[key] = _value(f"{name}.{key}", fields[key].default, text)
-    return TaskSource(name, _build(name, task, values), _build(name, View, values))
+    return _build(name, task, values), _build(name, kind, values)
 
 
 def _build(name: str, kind: type[T], values: dict[str, Any]) -> T:

@@ -1,0 +1,227 @@
+"""The synthetic tasks as environments: endless questions in a fixed order, as prompts, and what answers earn.
+
+Question i is the same on any machine. Its video is rendered on the host, in a thread if the caller likes, and
+encoded on the device by the policy's own tower, so the tower must be one that does not change.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import jax
+import numpy as np
+
+from iv3jax.data.config import DataConfig
+from iv3jax.data.digits import SIDE, Split
+from iv3jax.data.mixture import Mixture
+from iv3jax.data.processor import Processor
+from iv3jax.data.sample import Sample
+from iv3jax.data.sources import Named, Opened, open_sources
+from iv3jax.data.tasks.episode import Episode
+from iv3jax.data.tasks.source import TaskSource
+from iv3jax.data.tasks.task import Question
+from iv3jax.data.tokenizer import Tokenizer
+from iv3jax.errors import UserError
+from iv3jax.mcr.grammar import Grammar, build
+from iv3jax.mcr.language import ANSWER, TOOLS
+from iv3jax.mcr.prompts import Prompts, write_prompts
+from iv3jax.mcr.rewards import Facts, Reward, RewardConfig, frames_seen, reward
+from iv3jax.mcr.rollout import prepare
+from iv3jax.mcr.rollout_config import RolloutConfig
+from iv3jax.mcr.trajectories import OBSERVATION, Trajectories
+from iv3jax.mcr.wording import Wording, make_wording
+from iv3jax.mcr.world import (
+    Scene,
+    World,
+    WorldSize,
+    encoded_features,
+    episode_sample,
+    episode_scene,
+    tenths,
+    world_of,
+)
+from iv3jax.models.internvideo3 import InternVideo3
+from iv3jax.typing import Params
+
+_QUESTION = 1
+"""Sets the questions' random numbers apart from those of the samples that a task's source gives."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """P questions on the host, each about a video of its own.
+
+    Attributes:
+        names: where a person finds each. ids: numbers of their own, as `Prompts.ids`.
+        samples: the frames of the videos, cut into patches.
+    """
+
+    names: tuple[str, ...]
+    ids: tuple[int, ...]
+    questions: tuple[Question, ...]
+    scenes: tuple[Scene, ...]
+    samples: tuple[Sample, ...]
+
+
+class Environment:
+    """Questions of a mixture of tasks, for rollouts of one configuration.
+
+    Attributes:
+        config: of the rollouts, with the grid that the frames have.
+        grammar, words: of the model's tokenizer.
+        patches: temporal patches of the longest video.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        model: InternVideo3,
+        processor: Processor,
+        config: RolloutConfig,
+        *,
+        frames: int,
+        length: int,
+        seed: int,
+    ) -> None:
+        """Opens the sources.
+
+        Args:
+            data: its sources are tasks. config: its grid is replaced by that of the frames.
+            frames: temporal patches of the overview that a prompt shows.
+            length: tokens of a prompt.
+            seed: of the order of the questions.
+
+        Raises:
+            UserError: a source that is no task, or cannot be opened; a model without a tower.
+        """
+        vision = model.config.vision_config
+        if vision is None:
+            raise UserError("this model has no vision tower; the loop needs one to look at videos")
+        opened = open_sources(data)
+        self._tasks = [_task(one) for one in opened]
+        self._names = [one.name for one in opened]
+        counts, weights = [len(one.source) for one in opened], [one.weight for one in opened]
+        self._order = Mixture(counts, weights, seed)
+        self._model, self._processor, self._frames, self._length = model, processor, frames, length
+        side = SIDE // (vision.patch_size * vision.spatial_merge_size)
+        self.config = replace(config, tools=replace(config.tools, grid=(side, side)))
+        vocabulary = model.config.text_config.vocab_size
+        self.grammar: Grammar = build(config.grammar, processor.tokenizer, vocabulary)
+        self.words: Wording = make_wording(processor.tokenizer)
+        longest = max(max(task.task.durations) for task in self._tasks)
+        self.patches = len(episode_scene(Episode(longest, (), "train", 0)).times)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self._processor.tokenizer
+
+    def check(self, prompts: int, group: int) -> None:
+        """Refuses rollouts that cannot work, before anything is compiled.
+
+        Raises:
+            UserError: see `rollout.prepare`.
+        """
+        text, vision = self._model.config.text_config, self._model.config.vision_config
+        assert vision is not None, "refused above"
+        size = _room(self.patches)
+        each = self.config.tools.grid[0] * self.config.tools.grid[1]
+        levels = 1 + len(vision.deepstack_visual_indexes)
+
+        def shape(dtype: Any, *sizes: int) -> Any:
+            return jax.ShapeDtypeStruct((prompts, *sizes), dtype)
+
+        world = World(
+            features=shape(self._model.run.dtype, size.patches, each, levels, text.hidden_size),
+            times=shape(np.int32, size.patches),
+            duration=shape(np.int32),
+            patch_vectors=shape(np.float32, size.patches, text.hidden_size),
+            texts=shape(np.int32, size.texts, size.text_tokens),
+            text_lengths=shape(np.int32, size.texts),
+            text_times=shape(np.int32, size.texts, 2),
+            text_vectors=shape(np.float32, size.texts, text.hidden_size),
+            segments=shape(np.int32, size.segments, 2),
+        )
+        ids: Any = np.arange(prompts)
+        row: Any = np.ones((prompts, self._length), np.int32)
+        positions: Any = np.broadcast_to(row, (3, *row.shape))
+        blank = Prompts(ids, row, row, positions, row, world)
+        prepare(self._model, blank, self.config, self.grammar, self.words, group)
+
+    def asked(self, first: int, count: int) -> Asked:
+        """Questions number first … first + count − 1. On the host alone."""
+        names, questions, scenes, samples = [], [], [], []
+        for number in range(first, first + count):
+            source, record = self._order[number]
+            task = self._tasks[source]
+            key = (task.view.seed, get_args(Split).index(task.view.split), record, _QUESTION)
+            episode, about = task.task.make(np.random.default_rng(key), task.view.split)
+            names.append(f"{self._names[source]}:{record}")
+            questions.append(about[0])
+            scenes.append(episode_scene(episode))
+            samples.append(episode_sample(self._processor, episode))
+        ids = tuple(range(first, first + count))
+        return Asked(tuple(names), ids, tuple(questions), tuple(scenes), tuple(samples))
+
+    def prompts(self, params: Params, asked: Asked, frames: int | None = None, length: int = 0) -> Prompts:
+        """The questions as prompts, their videos encoded by the tower of these parameters.
+
+        Args:
+            frames, length: of another view of the same videos than the environment's own.
+
+        Raises:
+            UserError: a prompt is longer than the length.
+        """
+        world = world_of(
+            asked.scenes,
+            encoded_features(self._model, params, asked.samples, self.patches),
+            _room(self.patches),
+            self.tokenizer,
+            params["embed_tokens"]["embedding"],
+        )
+        return write_prompts(
+            self.tokenizer,
+            self._model.config,
+            asked.scenes,
+            [question.text for question in asked.questions],
+            world,
+            frames=frames or self._frames,
+            grid=self.config.tools.grid,
+            length=length or self._length,
+            ids=asked.ids,
+        )
+
+    def rewards(self, config: RewardConfig, asked: Asked, trajectories: Trajectories) -> list[Reward]:
+        """What each rollout is worth; `trajectories` are on the host."""
+        each = self.config.tools.grid[0] * self.config.tools.grid[1]
+        found = []
+        for row, prompt in enumerate(trajectories.prompt.tolist()):
+            tools = trajectories.calls.tools[row]
+            shown = trajectories.record.visual[row][trajectories.record.kinds[row] == OBSERVATION]
+            times = np.array([tenths(t, asked.names[prompt]) for t in asked.scenes[prompt].times])
+            seen = frames_seen(times, np.asarray(shown), each)
+            facts = Facts(self._answer(trajectories, row), int(np.sum(tools >= 0)), seen)
+            found.append(reward(config, asked.questions[prompt], facts))
+        return found
+
+    def _answer(self, trajectories: Trajectories, row: int) -> str | None:
+        """The answer's text, without the space before it."""
+        calls = trajectories.calls
+        said = np.flatnonzero(calls.tools[row] == TOOLS.index(ANSWER))
+        if not len(said):
+            return None
+        text = calls.text[row, said[-1], : calls.length[row, said[-1]]]
+        return self.tokenizer.decode(text.tolist()).strip()
+
+
+def _task(opened: Opened) -> TaskSource:
+    source = opened.source.source if isinstance(opened.source, Named) else opened.source
+    if not isinstance(source, TaskSource):
+        raise UserError(
+            f"data.sources: {opened.name} is no synthetic task; rollouts need sources of kind task:NAME"
+        )
+    return source
+
+
+def _room(patches: int) -> WorldSize:
+    """Of worlds without texts and segments, of which there must be room for one."""
+    return WorldSize(patches, texts=1, text_tokens=1, segments=1)
