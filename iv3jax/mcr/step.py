@@ -452,22 +452,17 @@ def _no_rows(loop: Loop, rows: int) -> Rows:
 def _keep(ended: Rows, rows: Rows, which: Array, rollout: Array) -> Rows:
     """The rollouts that have ended, those of some slots (S,) bool among them now."""
     to = jnp.where(which, rollout, len(ended.length))
-
-    def put(old: Array, new: Array) -> Array:
-        return old.at[to].set(new, mode="drop")
-
-    record = Record(
-        *(
-            old.at[..., to, :].set(new, mode="drop")
-            for old, new in zip(ended.record, rows.record, strict=True)
-        )
+    record = (
+        old.at[..., to, :].set(new, mode="drop") for old, new in zip(ended.record, rows.record, strict=True)
     )
-    return Rows(record, *jax.tree.map(put, ended[1:], rows[1:]))
+    rest = jax.tree.map(lambda old, new: old.at[to].set(new, mode="drop"), ended[1:], rows[1:])
+    return Rows(Record(*record), *rest)
 
 
 def _where_rows(which: Array, new: Rows, old: Rows) -> Rows:
-    record = Record(*(jnp.where(which[:, None], a, b) for a, b in zip(new.record, old.record, strict=True)))
-    return Rows(record, *_where(which, new[1:], old[1:]))
+    """As `_where`; a record's rows are its last axis but one."""
+    record = (jnp.where(which[:, None], a, b) for a, b in zip(new.record, old.record, strict=True))
+    return Rows(Record(*record), *_where(which, new[1:], old[1:]))
 
 
 def _where(which: Array, new: Tree, old: Tree) -> Tree:

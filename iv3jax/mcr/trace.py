@@ -20,9 +20,8 @@ reward       whatever the caller gives: a number, or numbers by name; null witho
 import json
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from iv3jax.data.tokenizer import Tokenizer
@@ -36,6 +35,16 @@ Trace = dict[str, Any]
 """The JSON object above."""
 
 Reward = float | dict[str, float] | None
+
+
+class _Tokens(NamedTuple):
+    """One row of a Record on the host, (T,) each."""
+
+    tokens: np.ndarray
+    kinds: np.ndarray
+    logprobs: np.ndarray
+    visual: np.ndarray
+    steps: np.ndarray
 
 
 def make_trace(
@@ -84,9 +93,11 @@ def read_traces(path: PathArgument) -> list[Trace]:
         UserError: there is no such file, or a line is no trace.
     """
     try:
-        lines = make_path(path).read_text(encoding="utf-8").splitlines()
+        text = make_path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    # Not splitlines: what is written may hold characters that it takes for ends of lines.
+    lines = text.removesuffix("\n").split("\n") if text else []
     return [_check(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
@@ -119,7 +130,7 @@ def _lines(trace: Trace) -> Iterator[str]:
 
 
 def _indented(text: str, first: str = "  ") -> Iterator[str]:
-    for number, line in enumerate(text.splitlines()):
+    for number, line in enumerate(text.split("\n")):
         yield (first if number == 0 else " " * len(first)) + line
 
 
@@ -142,7 +153,7 @@ def make_facts(
     return Facts(answer, int(np.sum(np.asarray(trajectories.calls.tools[row]) >= 0)), shown)
 
 
-def _step(tokenizer: Tokenizer, record: Record, here: np.ndarray, complete: bool) -> Trace:
+def _step(tokenizer: Tokenizer, record: _Tokens, here: np.ndarray, complete: bool) -> Trace:
     """A step; `here` (T,) bool are its tokens."""
     here = here & (record.kinds != PROMPT) & (record.kinds != PAD)
     said = _text(tokenizer, record, here & (record.kinds != OBSERVATION))
@@ -168,16 +179,15 @@ def _step(tokenizer: Tokenizer, record: Record, here: np.ndarray, complete: bool
     }
 
 
-def _row(record: Record, row: int) -> Any:
-    """One row's record of (T,) NumPy arrays."""
-    return jax.tree.map(lambda x: np.asarray(x[..., row, :]), record)
+def _row(record: Record, row: int) -> _Tokens:
+    return _Tokens(*(np.asarray(getattr(record, name)[row]) for name in _Tokens._fields))
 
 
-def _counts(record: Record, here: np.ndarray, kinds: Iterable[int]) -> dict[str, int]:
+def _counts(record: _Tokens, here: np.ndarray, kinds: Iterable[int]) -> dict[str, int]:
     return {KIND_NAMES[kind]: int(np.sum(here & (record.kinds == kind))) for kind in kinds}
 
 
-def _text(tokenizer: Tokenizer, record: Record, here: np.ndarray) -> str:
+def _text(tokenizer: Tokenizer, record: _Tokens, here: np.ndarray) -> str:
     """The text of some tokens (T,) bool, without special ones; each run of vision tokens as their number."""
     tokens, visual = record.tokens[here], record.visual[here] >= 0
     pieces = []

@@ -16,7 +16,7 @@ from iv3jax.errors import UserError
 from iv3jax.generate.sampling import Sampling, filtered
 from iv3jax.mcr.grammar import LAST, advance, mask
 from iv3jax.mcr.language import TOOLS
-from iv3jax.mcr.prompts import Prompts
+from iv3jax.mcr.prompts import Prompts, fill_bank
 from iv3jax.mcr.rollout import rollout
 from iv3jax.mcr.trajectories import FORCED, FREE, OBSERVATION, PAD, PROMPT, Trajectories, as_batch
 from iv3jax.mcr.world import NO_TIME
@@ -175,6 +175,22 @@ def prompts_in_order(prompts: Prompts, order: np.ndarray) -> Prompts:
     world = jax.tree.map(lambda x: x[order], prompts.world)
     rows = {name: getattr(prompts, name)[order] for name in ("ids", "tokens", "segment_ids", "visual")}
     return Prompts(**rows, positions=prompts.positions[:, order], world=world)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_are_fed_in_chunks_of_any_size(name: str) -> None:
+    """Frames are cut in two, and some rows end before others."""
+    own = loops.lab(name)
+    prompts = loops.prompts_of(own, 4)
+    whole, parts = (
+        jax.jit(lambda params, prompts, n=n: fill_bank(own.model, params, prompts, None, n))(
+            own.params, prompts
+        )
+        for n in (1024, 23)
+    )
+    np.testing.assert_array_equal(whole.position, parts.position)
+    np.testing.assert_array_equal(whole.cache.length, parts.cache.length)
+    np.testing.assert_allclose(whole.logits, parts.logits, atol=1e-4, rtol=0)
 
 
 def test_rollouts_of_a_group_and_keys_differ() -> None:

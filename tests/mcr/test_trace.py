@@ -86,6 +86,7 @@ def test_frames_and_the_question_can_be_read() -> None:
 
 def test_files_are_read_back(tmp_path: Path) -> None:
     traces = [trace(row) for row in range(3)]
+    traces[0]["question"] = "one\u2028two\x85three\r"
     path = tmp_path / "new" / "traces.jsonl"
     write_traces(path, traces)
     assert read_traces(path) == traces
