@@ -29,7 +29,7 @@ def agree(name: str, count: int, first: int, **changes: object) -> int:
     return int(jnp.sum(compiled.kinds >= 2))
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_gqa"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny_gqa", marks=pytest.mark.slow)])
 def test_driver_and_rollout_say_the_same_on_200_prompts(name: str) -> None:
     assert agree(name, 200, 0, slots=32) > 200 * 20
 

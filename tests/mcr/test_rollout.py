@@ -24,7 +24,7 @@ from iv3jax.mcr.world import NO_TIME
 pytestmark = pytest.mark.medium
 
 KEY = jax.random.key(7)
-MODELS = ["tiny", "tiny_gqa"]
+MODELS = ["tiny", pytest.param("tiny_gqa", marks=pytest.mark.slow)]
 
 
 def after_prompts(found: Trajectories, prompts: Prompts) -> list[list[np.ndarray]]:
@@ -48,7 +48,14 @@ def assert_rows_equal(some: list[list[np.ndarray]], others: list[list[np.ndarray
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, 0.8), Sampling(1.3, 1.0, 12)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(0.7, 0.8),
+        pytest.param(Sampling(1.0), marks=pytest.mark.slow),
+        pytest.param(Sampling(1.3, 1.0, 12), marks=pytest.mark.slow),
+    ],
+)
 def test_log_probs_are_those_of_one_plain_pass(name: str, sampling: Sampling) -> None:
     own = loops.lab(name)
     prompts = loops.prompts_of(own, 6)
@@ -202,10 +209,10 @@ def test_rollouts_of_a_group_and_keys_differ() -> None:
     assert len(rows) == 12
 
 
-@pytest.mark.parametrize(("name", "scan_layers"), [("tiny", False), ("tiny_gqa", False)])
-def test_layers_that_are_not_scanned_say_the_same(name: str, scan_layers: bool) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_that_are_not_scanned_say_the_same(name: str) -> None:
     """A cache of another layout: prompts are copied into slots just so."""
-    own, other = loops.lab(name), loops.lab(name, scan_layers)
+    own, other = loops.lab(name), loops.lab(name, False)
     layers = own.params["language_model"]["layers"]
     rest = {k: v for k, v in own.params["language_model"].items() if k != "layers"}
     apart = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(3)}
@@ -226,18 +233,17 @@ def test_an_answer_is_always_given_in_time() -> None:
     """Whatever steps and budget are; the smallest budget that is not refused leaves one step at least."""
     own = loops.lab()
     prompts = loops.prompts_of(own, 4)
-    for steps in (1, 2, 6):
+    for steps, more in ((1, 0), (2, 0), (6, 60)):
         with pytest.raises(UserError, match="is smaller than") as refused:
             rollout(*own.given(prompts, steps=steps, budget=3), KEY)
         least = int(str(refused.value).split("is smaller than ")[1].split(",")[0])
         with pytest.raises(UserError, match="smaller"):
             rollout(*own.given(prompts, steps=steps, budget=least - 1), KEY)
-        for budget in (least, least + 60):
-            found, _ = rollout(*own.given(prompts, steps=steps, budget=budget), KEY, 4)
-            assert np.asarray(found.answered).all() and not np.asarray(found.overflow).any()
-            used = np.asarray(found.kinds) >= FREE
-            assert used.sum(axis=1).max() <= budget
-            assert np.asarray(found.record.steps).max() < steps
+        found, _ = rollout(*own.given(prompts, steps=steps, budget=least + more), KEY, 4)
+        assert np.asarray(found.answered).all() and not np.asarray(found.overflow).any()
+        used = np.asarray(found.kinds) >= FREE
+        assert used.sum(axis=1).max() <= least + more
+        assert np.asarray(found.record.steps).max() < steps
 
 
 def test_a_full_cache_ends_its_row_and_no_other() -> None:
