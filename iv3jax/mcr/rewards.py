@@ -36,8 +36,9 @@ class RewardConfig:
         UserError: an unknown part (the nearest is suggested), a weight that is no number, or none above 0.
     """
 
+    # Not hashed, being a mapping; it counts where two are compared.
     weights: Mapping[str, float] = field(
-        default_factory=lambda: {"iou": 1.0, "choice": 1.0, "exact": 1.0, "format": 0.1}
+        default_factory=lambda: {"iou": 1.0, "choice": 1.0, "exact": 1.0, "format": 0.1}, hash=False
     )
 
     def __post_init__(self) -> None:
