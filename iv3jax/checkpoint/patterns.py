@@ -4,14 +4,13 @@ A pattern is a glob (`*` crosses dots) of a whole name or of its end after a dot
 and `q_proj.weight` name parameters, `q_proj` and `model.language_model.*.mlp.*` linear layers.
 """
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from iv3jax.checkpoint.names import Path, tensors
-from iv3jax.errors import UserError
+from iv3jax.errors import UserError, did_you_mean
 from iv3jax.models.attention import MATRICES
 from iv3jax.models.config import ModelConfig
 from iv3jax.models.lora import Lora
@@ -34,8 +33,8 @@ def chosen(patterns: Sequence[str], named: Iterable[tuple[str, Path]], field: st
         match = re.compile(rf"(?s:.*\.)?{fnmatch.translate(pattern)}").match
         own = {pair for pair in named if match(pair[0])}
         if not own:
-            near = difflib.get_close_matches(pattern, _suggestions(name for name, _ in named), 1, 0.0)
-            raise UserError(f"{field}: {pattern!r} names nothing in the model; did you mean {near[0]!r}?")
+            near = did_you_mean(pattern, _suggestions(name for name, _ in named))
+            raise UserError(f"{field}: {pattern!r} names nothing in the model{near}")
         found |= own
     paths = {path for _, path in found}
     if lost := [name for name, path in named if path in paths and (name, path) not in found]:

@@ -22,12 +22,11 @@ from iv3jax.data.tasks.task import Question
 from iv3jax.data.tokenizer import Tokenizer
 from iv3jax.errors import UserError
 from iv3jax.mcr.grammar import Grammar, build
-from iv3jax.mcr.language import ANSWER, TOOLS
 from iv3jax.mcr.prompts import Prompts, write_prompts
-from iv3jax.mcr.rewards import Facts, Reward, RewardConfig, frames_seen, reward
+from iv3jax.mcr.rewards import Reward, RewardConfig, make_facts, reward
 from iv3jax.mcr.rollout import prepare
 from iv3jax.mcr.rollout_config import RolloutConfig
-from iv3jax.mcr.trajectories import OBSERVATION, Trajectories
+from iv3jax.mcr.trajectories import Trajectories
 from iv3jax.mcr.wording import Wording, make_wording
 from iv3jax.mcr.world import (
     Scene,
@@ -193,24 +192,15 @@ class Environment:
     def rewards(self, config: RewardConfig, asked: Asked, trajectories: Trajectories) -> list[Reward]:
         """What each rollout is worth; `trajectories` are on the host."""
         each = self.config.tools.grid[0] * self.config.tools.grid[1]
+        times = [
+            np.array([tenths(t, name) for t in scene.times])
+            for name, scene in zip(asked.names, asked.scenes, strict=True)
+        ]
         found = []
         for row, prompt in enumerate(trajectories.prompt.tolist()):
-            tools = trajectories.calls.tools[row]
-            shown = trajectories.record.visual[row][trajectories.record.kinds[row] == OBSERVATION]
-            times = np.array([tenths(t, asked.names[prompt]) for t in asked.scenes[prompt].times])
-            seen = frames_seen(times, np.asarray(shown), each)
-            facts = Facts(self._answer(trajectories, row), int(np.sum(tools >= 0)), seen)
+            facts = make_facts(self.tokenizer, trajectories, row, times, each)
             found.append(reward(config, asked.questions[prompt], facts))
         return found
-
-    def _answer(self, trajectories: Trajectories, row: int) -> str | None:
-        """The answer's text, without the space before it."""
-        calls = trajectories.calls
-        said = np.flatnonzero(calls.tools[row] == TOOLS.index(ANSWER))
-        if not len(said):
-            return None
-        text = calls.text[row, said[-1], : calls.length[row, said[-1]]]
-        return self.tokenizer.decode(text.tolist()).strip()
 
 
 def _task(opened: Opened) -> TaskSource:

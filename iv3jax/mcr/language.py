@@ -9,13 +9,12 @@ A time is in seconds with one decimal, 0.0 to 9999.9, without leading zeros. A r
 top, right and bottom in tenths of the picture.
 """
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from iv3jax.errors import UserError
+from iv3jax.errors import UserError, did_you_mean
 
 Argument = Literal["time", "tenth", "text"]
 
@@ -68,8 +67,7 @@ class Spoken:
 def check_tool(name: str, source: str = "tool") -> None:
     """Raises UserError where there is no such tool; the nearest name is suggested, `source` comes first."""
     if name not in TOOLS:
-        near = difflib.get_close_matches(name, TOOLS, 1, 0.0)
-        raise UserError(f"{source}: unknown tool {name[:40]!r}; did you mean {near[0]!r}?")
+        raise UserError(f"{source}: unknown tool {name[:40]!r}{did_you_mean(name, TOOLS)}")
 
 
 def write(spoken: Spoken) -> str:

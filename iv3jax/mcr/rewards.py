@@ -1,10 +1,9 @@
 """Rewards: what a rollout is worth, part by part, and the parsers that read an answer.
 
-All of it runs on the host, on texts and times. What a question is, is data/tasks/task.py's business, and how
+All of it runs on the host. What a question is, is data/tasks/task.py's business, and how
 an answer is judged that is a number or a start and end is data/tasks/judge.py's.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,10 @@ import numpy as np
 from iv3jax.data.tasks.episode import Span
 from iv3jax.data.tasks.judge import parse_times, score
 from iv3jax.data.tasks.task import Question
-from iv3jax.errors import UserError
+from iv3jax.data.tokenizer import Tokenizer
+from iv3jax.errors import UserError, did_you_mean
+from iv3jax.mcr.language import ANSWER, TOOLS
+from iv3jax.mcr.trajectories import OBSERVATION, Trajectories
 
 PARTS = {
     "iou": "temporal IoU, for a question that asks for a start and end",
@@ -44,8 +46,7 @@ class RewardConfig:
     def __post_init__(self) -> None:
         for name, weight in self.weights.items():
             if name not in PARTS:
-                near = difflib.get_close_matches(name, PARTS, 1, 0.0)
-                raise UserError(f"reward: unknown part {name!r}; did you mean {near[0]!r}?")
+                raise UserError(f"reward: unknown part {name!r}{did_you_mean(name, PARTS)}")
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise UserError(f"reward.{name}: the weight is {weight!r}, not a number")
         if not any(weight > 0 for weight in self.weights.values()):
@@ -149,6 +150,26 @@ def frames_seen(times: np.ndarray, visual: np.ndarray, per_patch: int) -> tuple[
     """
     patches = np.unique(visual[visual >= 0] // per_patch)
     return tuple((at, at) for at in (times[patches] / 10).tolist())
+
+
+def make_facts(
+    tokenizer: Tokenizer, trajectories: Trajectories, row: int, times: Sequence[np.ndarray], per_patch: int
+) -> Facts:
+    """What one rollout did; what it has seen are the frames its tools showed.
+
+    Args:
+        times: of each of the prompts (F,), tenths of a second, as `World.times` has them. per_patch: M.
+    """
+    calls, record = trajectories.calls, trajectories.record
+    tools = np.asarray(calls.tools[row])
+    answer = None
+    if len(said := np.flatnonzero(tools == TOOLS.index(ANSWER))):
+        text = np.asarray(calls.text[row, said[-1]])[: int(calls.length[row, said[-1]])]
+        # Its tokens begin with the space after the name.
+        answer = tokenizer.decode(text.tolist()).removeprefix(" ")
+    shown = np.asarray(record.visual[row])[np.asarray(record.kinds[row]) == OBSERVATION]
+    seen = frames_seen(np.asarray(times[int(trajectories.prompt[row])]), shown, per_patch)
+    return Facts(answer, int(np.sum(tools >= 0)), seen)
 
 
 _LETTERS = tuple(

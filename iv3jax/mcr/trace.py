@@ -27,7 +27,6 @@ import numpy as np
 from iv3jax.data.tokenizer import Tokenizer
 from iv3jax.errors import UserError
 from iv3jax.mcr.language import parse
-from iv3jax.mcr.rewards import Facts, frames_seen
 from iv3jax.mcr.trajectories import FORCED, FREE, KIND_NAMES, OBSERVATION, PAD, PROMPT, Record, Trajectories
 from iv3jax.paths import PathArgument, make_path
 
@@ -132,25 +131,6 @@ def _lines(trace: Trace) -> Iterator[str]:
 def _indented(text: str, first: str = "  ") -> Iterator[str]:
     for number, line in enumerate(text.split("\n")):
         yield (first if number == 0 else " " * len(first)) + line
-
-
-def make_facts(
-    tokenizer: Tokenizer, trajectories: Trajectories, row: int, times: np.ndarray, per_patch: int
-) -> Facts:
-    """What one rollout did, as rewards ask for it; what it has seen are the frames its tools showed.
-
-    Args:
-        times: (P, F), of the prompts' world. per_patch: M.
-    """
-    record = _row(trajectories.record, row)
-    answer = None
-    if trajectories.answered[row]:
-        said = (record.kinds == FREE) | (record.kinds == FORCED)
-        last = record.steps[said][-1]
-        answer = parse(_text(tokenizer, record, said & (record.steps == last))).text
-    seen = record.visual[record.kinds == OBSERVATION]
-    shown = frames_seen(np.asarray(times)[int(trajectories.prompt[row])], seen, per_patch)
-    return Facts(answer, int(np.sum(np.asarray(trajectories.calls.tools[row]) >= 0)), shown)
 
 
 def _step(tokenizer: Tokenizer, record: _Tokens, here: np.ndarray, complete: bool) -> Trace:

@@ -1,10 +1,9 @@
 """What an experiment says about collecting rollouts, and the refusal of stages that cannot work."""
 
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from iv3jax.errors import UserError
+from iv3jax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from iv3jax.train.config import TrainConfig
@@ -50,8 +49,8 @@ class TracesConfig:
 def check_stage(config: "TrainConfig") -> None:
     """Raises UserError for a stage that is not one, or that its other fields make impossible."""
     if config.stage not in STAGES:
-        near = difflib.get_close_matches(config.stage, STAGES, 1, 0.0)[0]
-        raise UserError(f"stage {config.stage!r} is not one of {', '.join(STAGES)}; did you mean {near!r}?")
+        near = did_you_mean(config.stage, STAGES)
+        raise UserError(f"stage {config.stage!r} is not one of {', '.join(STAGES)}{near}")
     if config.stage == "supervised":
         return
     collect, rows = config.collect, config.rows * config.accumulate

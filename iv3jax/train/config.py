@@ -1,7 +1,6 @@
 """What an experiment file may say: frozen dataclasses, filled once from a ConfigDict at the door."""
 
 import dataclasses
-import difflib
 import importlib
 import json
 from collections import abc
@@ -11,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from iv3jax.data.config import DataConfig, SourceConfig
-from iv3jax.errors import UserError
+from iv3jax.errors import UserError, did_you_mean
 from iv3jax.mcr.rewards import RewardConfig
 from iv3jax.mcr.rollout_config import RolloutConfig
 from iv3jax.models.lora import Lora
@@ -204,8 +203,7 @@ def build(cls: type[T], values: Mapping[str, Any], source: str) -> T:
     made: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1, 0.0)
-            raise UserError(f"{source}: unknown field {key!r}; did you mean {near[0]!r}?")
+            raise UserError(f"{source}: unknown field {key!r}{did_you_mean(key, fields)}")
         made[key] = _field(fields[key].type, value, f"{source}.{key}")
     try:
         return cls(**made)

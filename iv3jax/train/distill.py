@@ -4,14 +4,13 @@ Exact over the vocabulary, over the teacher's K most likely tokens, or by the sa
 have the gradient of the reverse KL of each token's distribution, given what the student wrote before it.
 """
 
-import difflib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from iv3jax.errors import UserError
+from iv3jax.errors import UserError, did_you_mean
 from iv3jax.mcr.grammar import mask
 from iv3jax.models.batch import IGNORE_LABEL
 from iv3jax.models.internvideo3 import InternVideo3
@@ -204,8 +203,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            near = difflib.get_close_matches(self.kind, KINDS, 1, 0.0)[0]
-            raise UserError(f"kind {self.kind!r} is not one of {', '.join(KINDS)}; did you mean {near!r}?")
+            near = did_you_mean(self.kind, KINDS)
+            raise UserError(f"kind {self.kind!r} is not one of {', '.join(KINDS)}{near}")
         if self.truncation < 1:
             raise UserError(f"truncation {self.truncation} must be 1 or more")
 

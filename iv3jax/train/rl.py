@@ -5,14 +5,13 @@ GSPO, GRPO, DAPO, Dr.GRPO and RLOO are choices of the same terms. Every loss is 
 rollouts to learn from is in rl_filter.py.
 """
 
-import difflib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from iv3jax.errors import UserError
+from iv3jax.errors import UserError, did_you_mean
 from iv3jax.models.internvideo3 import InternVideo3
 from iv3jax.train.distill import Teacher, compared
 from iv3jax.train.objective import Objective
@@ -80,8 +79,8 @@ class RLConfig:
     def __post_init__(self) -> None:
         for name, value, known in (("kind", self.kind, KINDS), ("kl", self.kl, KLS)):
             if value not in known:
-                near = difflib.get_close_matches(value, known, 1, 0.0)[0]
-                raise UserError(f"{name} {value!r} is not one of {', '.join(known)}; did you mean {near!r}?")
+                near = did_you_mean(value, known)
+                raise UserError(f"{name} {value!r} is not one of {', '.join(known)}{near}")
         if not 0 <= self.clip_low < 1 or self.clip_high < 0:
             raise UserError(f"clip_low {self.clip_low} must be in [0, 1) and clip_high {self.clip_high} ≥ 0")
         if self.beta < 0:

@@ -1,4 +1,4 @@
-"""The stages' bench: what it asks, which experiments it runs, its table. The training is the slow demo's."""
+"""The stages' bench: what it asks, which experiments it runs, its table. No test trains them."""
 
 from iv3jax.bench.stages import CHAINS, SECONDS, STAGES, format_table, questions
 from iv3jax.train.config import experiment

@@ -11,8 +11,9 @@ import pytest
 from iv3jax.errors import UserError
 from iv3jax.mcr.language import TOOLS, Spoken, write
 from iv3jax.mcr.prompts import Prompts
+from iv3jax.mcr.rewards import make_facts
 from iv3jax.mcr.rollout import rollout
-from iv3jax.mcr.trace import Trace, make_facts, make_trace, read_traces, show, write_traces
+from iv3jax.mcr.trace import Trace, make_trace, read_traces, show, write_traces
 from iv3jax.mcr.trajectories import FORCED, FREE, OBSERVATION, PROMPT, Trajectories
 
 pytestmark = pytest.mark.medium

@@ -1,7 +1,6 @@
 """A task as a source of samples: options from text, random access, and the view of an episode that is fed."""
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -11,7 +10,7 @@ from iv3jax.data.digits import Split
 from iv3jax.data.record import Record
 from iv3jax.data.tasks.episode import Episode, uniform_times, window_times
 from iv3jax.data.tasks.task import Question, Task
-from iv3jax.errors import UserError
+from iv3jax.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 Look = Literal["uniform", "window"]
@@ -165,8 +164,7 @@ def parse_options(name: str, options: tuple[str, ...], task: type[Task], kind: t
         if not sign:
             raise UserError(f"{name}: {option!r} is no option; write key=value")
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1, 0.0)
-            raise UserError(f"{name}: unknown option {key!r}; did you mean {near[0]!r}?")
+            raise UserError(f"{name}: unknown option {key!r}{did_you_mean(key, fields)}")
         if key in values:
             raise UserError(f"{name}: option {key} is given twice")
         values[key] = _value(f"{name}.{key}", fields[key].default, text)
