@@ -4,6 +4,7 @@ Nothing here imports jax: the settings below must be in the environment before a
 """
 
 import os
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -33,6 +34,19 @@ def golden() -> Path:
     if not (folder / "processing.json").is_file():
         pytest.skip(f"no golden files in {folder}: put them there, or name their folder in IV3_GOLDEN")
     return folder
+
+
+# A compiled program for the CPU takes about a memory map for each of its kernels, a rollout two thousand, and
+# Linux allows a process 65 530 (vm.max_map_count): past them LLVM cannot allocate, and the worker crashes.
+MAPS = 25_000
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Compiled programs go before a process has too many; what is needed again comes from the cache."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -24,6 +24,10 @@ from iv3jax.typing import Params
 GRID = (1, 2)
 PATCHES = 12
 SIZE = WorldSize(PATCHES, texts=3, text_tokens=32, segments=3)
+
+# One shape for most tests, so that they share one compiled program: prompts, rollouts of each.
+COUNT, GROUP = 6, 3
+
 QUESTIONS = (
     "when?",
     "what is the number on the screen at the end?",
@@ -67,7 +71,7 @@ def lab(name: str = "tiny", scan_layers: bool = True, temperature: float = 1.0, 
     return Lab(model, params, tokenizer, config, grammar, make_wording(tokenizer))
 
 
-def prompts_of(own: Lab, count: int, seed: int = 0, length: int = 112, first: int = 0) -> Prompts:
+def prompts_of(own: Lab, count: int = COUNT, seed: int = 0, length: int = 112, first: int = 0) -> Prompts:
     """Prompts first … first+count−1 of an endless row of random ones.
 
     The videos are so long that a random time is often inside.

@@ -22,21 +22,25 @@ def agree(name: str, count: int, first: int, **changes: object) -> int:
     """Tokens of `count` prompts that driver and rollout agree on: all, of all kinds."""
     own = loops.lab(name)
     prompts = loops.prompts_of(own, count, first=first)
-    compiled, work = rollout(*own.given(prompts, **changes), KEY)
-    driven, driven_work = drive(*own.given(prompts, **changes), KEY)
+    compiled, work = rollout(*own.given(prompts, **changes), KEY, loops.GROUP)
+    driven, driven_work = drive(*own.given(prompts, **changes), KEY, loops.GROUP)
     loops.same(compiled, driven)
     assert [int(x) for x in work] == [int(x) for x in driven_work]
     return int(jnp.sum(compiled.kinds >= 2))
 
 
-@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny_gqa", marks=pytest.mark.slow)])
-def test_driver_and_rollout_say_the_same_on_200_prompts(name: str) -> None:
-    assert agree(name, 200, 0, slots=32) > 200 * 20
+@pytest.mark.slow
+def test_driver_and_rollout_of_a_gqa_model_say_the_same_on_200_prompts() -> None:
+    assert agree("tiny_gqa", 200, 0, slots=32) > 200 * 20
 
 
 def test_driver_and_rollout_say_the_same() -> None:
-    agree("tiny", 5, 0)
-    agree("tiny", 5, 0, sampling=Sampling(0.8, 0.9), patience=1.0)
+    assert agree("tiny", loops.COUNT, 0) > loops.COUNT * 20
+
+
+@pytest.mark.slow
+def test_driver_and_rollout_draw_the_same_from_what_top_p_keeps() -> None:
+    agree("tiny", loops.COUNT, 0, sampling=Sampling(0.8, 0.9), patience=1.0)
 
 
 @pytest.mark.slow
@@ -48,8 +52,8 @@ def test_driver_and_rollout_say_the_same_on_1000_prompts() -> None:
 def test_the_host_may_answer_a_call() -> None:
     """What the host says stands in the record, and is what the model goes on from."""
     own = loops.lab()
-    prompts = loops.prompts_of(own, 4)
-    plain, _ = rollout(*own.given(prompts), KEY)
+    prompts = loops.prompts_of(own)
+    plain, _ = rollout(*own.given(prompts), KEY, loops.GROUP)
     words = np.array(own.tokenizer.encode("look elsewhere"), np.int32)
     spoken = np.concatenate([own.words.begin, words, own.words.finish])
     asked_for = set()
@@ -68,9 +72,9 @@ def test_the_host_may_answer_a_call() -> None:
             jnp.full_like(observation.advance, len(spoken)),
         )
 
-    found, _ = drive(*own.given(prompts), KEY, host_tools=tools)
+    found, _ = drive(*own.given(prompts), KEY, loops.GROUP, tools)
     assert np.asarray(found.answered).all()
-    for row in range(4):
+    for row in range(loops.COUNT * loops.GROUP):
         steps = int(found.record.steps[row].max()) + 1
         assert {(row, step) for step in range(steps)} <= asked_for
         heard = np.asarray(found.tokens[row])[np.asarray(found.kinds[row]) == OBSERVATION]
@@ -82,9 +86,9 @@ def test_the_host_may_answer_a_call() -> None:
 
 def test_nothing_compiles_after_the_first_call() -> None:
     own = loops.lab()
-    jax.block_until_ready(drive(*own.given(loops.prompts_of(own, 5)), KEY))
-    again, key = loops.prompts_of(own, 5, first=5), jax.random.key(9)
+    jax.block_until_ready(drive(*own.given(loops.prompts_of(own)), KEY, loops.GROUP))
+    again, key = loops.prompts_of(own, first=6), jax.random.key(9)
     jax.block_until_ready((again, key))
     watch = Stopwatch()
-    jax.block_until_ready(drive(*own.given(again), key))
+    jax.block_until_ready(drive(*own.given(again), key, loops.GROUP))
     assert watch.compiles == 0

@@ -18,6 +18,7 @@ from iv3jax.mcr.grammar import LAST, advance, mask
 from iv3jax.mcr.language import TOOLS
 from iv3jax.mcr.prompts import Prompts, fill_bank
 from iv3jax.mcr.rollout import rollout
+from iv3jax.mcr.step import Work
 from iv3jax.mcr.trajectories import FORCED, FREE, OBSERVATION, PAD, PROMPT, Trajectories, as_batch
 from iv3jax.mcr.world import NO_TIME
 
@@ -25,6 +26,13 @@ pytestmark = pytest.mark.medium
 
 KEY = jax.random.key(7)
 MODELS = ["tiny", pytest.param("tiny_gqa", marks=pytest.mark.slow)]
+
+
+def roll(
+    own: loops.Lab, prompts: Prompts, key: jax.Array = KEY, **changes: object
+) -> tuple[Trajectories, Work]:
+    """A group of rollouts of each prompt."""
+    return rollout(*own.given(prompts, **changes), key, loops.GROUP)
 
 
 def after_prompts(found: Trajectories, prompts: Prompts) -> list[list[np.ndarray]]:
@@ -58,8 +66,8 @@ def assert_rows_equal(some: list[list[np.ndarray]], others: list[list[np.ndarray
 )
 def test_log_probs_are_those_of_one_plain_pass(name: str, sampling: Sampling) -> None:
     own = loops.lab(name)
-    prompts = loops.prompts_of(own, 6)
-    found, _ = rollout(*own.given(prompts, sampling=sampling), KEY, 2)
+    prompts = loops.prompts_of(own)
+    found, _ = roll(own, prompts, sampling=sampling)
     batch = as_batch(found, prompts)
     hidden = own.model.apply({"params": own.params}, batch).hidden
     logits = own.model.apply({"params": own.params}, hidden, method="logits")[:, :-1]
@@ -79,12 +87,17 @@ def test_a_trajectory_is_an_ordinary_chat(name: str) -> None:
     Only the assistant's own tokens are taken from the rollout.
     """
     own = loops.lab(name)
-    prompts = loops.prompts_of(own, 8)
-    found, _ = rollout(*own.given(prompts), KEY, 12)
+    read = [ordinary(own, loops.prompts_of(own, first=first)) for first in range(0, 30, loops.COUNT)]
+    trajectories, shown = np.sum(read, axis=0)
+    assert trajectories > 32 and shown > 4
+
+
+def ordinary(own: loops.Lab, prompts: Prompts) -> tuple[int, int]:
+    """How many trajectories were compared, and how many frames their tools showed."""
+    found, _ = roll(own, prompts)
     assert np.asarray(found.answered).all() and not np.asarray(found.overflow).any()
     # What was noted may be told again: random tokens that spell no text as a tokenizer would.
     plain = np.flatnonzero(~np.any(np.asarray(found.calls.tools) == TOOLS.index("note"), axis=1))
-    assert len(plain) > 32
     shown = 0
     for row in plain:
         length, prompt = int(found.length[row]), int(found.prompt[row])
@@ -101,7 +114,7 @@ def test_a_trajectory_is_an_ordinary_chat(name: str) -> None:
         video, sides = own.model.config.video_token_id, [(1, 1, item.tokens) for item in items]
         np.testing.assert_array_equal(positions, mrope_positions(tokens, -1, video, sides, 1))
         shown += len(items) - 3
-    assert shown > 4
+    return len(plain), shown
 
 
 def messages_of(
@@ -138,8 +151,15 @@ def messages_of(
 
 def test_states_follow_the_grammar_and_calls_are_what_was_said() -> None:
     own = loops.lab()
-    prompts = loops.prompts_of(own, 16)
-    found, _ = rollout(*own.given(prompts), KEY, 4)
+    called: set[int] = set()
+    for first in range(0, 24, loops.COUNT):
+        called |= follow(own, roll(own, loops.prompts_of(own, first=first))[0])
+    # Random weights call everything sooner or later.
+    assert called == {-1, *range(len(TOOLS))}
+
+
+def follow(own: loops.Lab, found: Trajectories) -> set[int]:
+    """The tools that were called."""
     kinds, tokens, states = (np.asarray(x) for x in (found.kinds, found.tokens, found.record.states))
     steps, tools = np.asarray(found.record.steps), np.asarray(found.calls.tools)
     forced = np.asarray(own.grammar.forced)
@@ -155,26 +175,24 @@ def test_states_follow_the_grammar_and_calls_are_what_was_said() -> None:
             name = own.tokenizer.decode(tokens[row][here]).partition("\n")[2].split(" ")[0]
             assert name == TOOLS[tool]
         assert TOOLS[tool] == "answer" and (tools[row, step + 1 :] == -1).all()
-    # Random weights call everything sooner or later.
-    assert set(tools.ravel().tolist()) == {-1, *range(len(TOOLS))}
+    return set(tools.ravel().tolist())
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_slots_their_order_and_company_change_nothing(name: str) -> None:
     own = loops.lab(name)
-    prompts = loops.prompts_of(own, 6)
-    whole, _ = rollout(*own.given(prompts), KEY, 3)
+    prompts = loops.prompts_of(own)
+    whole, _ = roll(own, prompts)
     wanted = after_prompts(whole, prompts)
-    for changes in ({"slots": 1}, {"slots": 7, "patience": 1.0}, {"slots": 32, "patience": 0.1}):
-        found, _ = rollout(*own.given(prompts, **changes), KEY, 3)
-        loops.same(whole, found)
+    for changes in ({"slots": 1}, {"slots": 32, "patience": 0.1}):
+        loops.same(whole, roll(own, prompts, **changes)[0])
     backwards = prompts_in_order(prompts, np.arange(6)[::-1])
-    found, _ = rollout(*own.given(backwards), KEY, 3)
+    found, _ = roll(own, backwards)
     order = [3 * prompt + i for prompt in range(6)[::-1] for i in range(3)]
     assert_rows_equal(after_prompts(found, backwards), [wanted[i] for i in order])
-    # A group of its own, and prompts with more padding.
+    # A group of its own, prompts with more padding, and slots that wait for each other.
     alone = loops.prompts_of(own, 2, first=2, length=140)
-    found, _ = rollout(*own.given(alone), KEY, 2)
+    found, _ = rollout(*own.given(alone, slots=3, patience=1.0), KEY, 2)
     assert_rows_equal(after_prompts(found, alone), [wanted[i] for i in (6, 7, 9, 10)])
 
 
@@ -202,11 +220,10 @@ def test_prompts_are_fed_in_chunks_of_any_size(name: str) -> None:
 
 def test_rollouts_of_a_group_and_keys_differ() -> None:
     own = loops.lab()
-    prompts = loops.prompts_of(own, 2)
-    found, _ = rollout(*own.given(prompts), KEY, 3)
-    other, _ = rollout(*own.given(prompts), jax.random.key(8), 3)
-    rows = {tuple(x[0].tolist()) for run in (found, other) for x in after_prompts(run, prompts)}
-    assert len(rows) == 12
+    prompts = loops.prompts_of(own)
+    runs = [roll(own, prompts, key)[0] for key in (KEY, jax.random.key(8))]
+    rows = {tuple(x[0].tolist()) for run in runs for x in after_prompts(run, prompts)}
+    assert len(rows) == 2 * loops.COUNT * loops.GROUP
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -217,10 +234,11 @@ def test_layers_that_are_not_scanned_say_the_same(name: str) -> None:
     rest = {k: v for k, v in own.params["language_model"].items() if k != "layers"}
     apart = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(3)}
     other = replace(other, params={**own.params, "language_model": {**rest, **apart}})
-    prompts = loops.prompts_of(own, 3)
-    loops.same(rollout(*own.given(prompts), KEY, 2)[0], rollout(*other.given(prompts), KEY, 2)[0])
+    prompts = loops.prompts_of(own)
+    loops.same(roll(own, prompts)[0], roll(other, prompts)[0])
 
 
+@pytest.mark.slow
 def test_a_quantised_cache_is_copied_with_its_scales() -> None:
     own = loops.lab()
     prompts = loops.prompts_of(own, 3)
@@ -232,14 +250,14 @@ def test_a_quantised_cache_is_copied_with_its_scales() -> None:
 def test_an_answer_is_always_given_in_time() -> None:
     """Whatever steps and budget are; the smallest budget that is not refused leaves one step at least."""
     own = loops.lab()
-    prompts = loops.prompts_of(own, 4)
-    for steps, more in ((1, 0), (2, 0), (6, 60)):
+    prompts = loops.prompts_of(own)
+    for steps, more in ((1, 0), (6, 60)):
         with pytest.raises(UserError, match="is smaller than") as refused:
             rollout(*own.given(prompts, steps=steps, budget=3), KEY)
         least = int(str(refused.value).split("is smaller than ")[1].split(",")[0])
         with pytest.raises(UserError, match="smaller"):
             rollout(*own.given(prompts, steps=steps, budget=least - 1), KEY)
-        found, _ = rollout(*own.given(prompts, steps=steps, budget=least + more), KEY, 4)
+        found, _ = roll(own, prompts, steps=steps, budget=least + more)
         assert np.asarray(found.answered).all() and not np.asarray(found.overflow).any()
         used = np.asarray(found.kinds) >= FREE
         assert used.sum(axis=1).max() <= least + more
@@ -248,9 +266,9 @@ def test_an_answer_is_always_given_in_time() -> None:
 
 def test_a_full_cache_ends_its_row_and_no_other() -> None:
     own = loops.lab()
-    prompts = loops.prompts_of(own, 8)
-    whole, _ = rollout(*own.given(prompts), KEY, 2)
-    found, _ = rollout(*own.given(prompts, capacity=160), KEY, 2)
+    prompts = loops.prompts_of(own)
+    whole, _ = roll(own, prompts)
+    found, _ = roll(own, prompts, capacity=160)
     over = np.asarray(found.overflow)
     assert 0 < over.sum() < len(over)
     np.testing.assert_array_equal(over, ~np.asarray(found.answered))
@@ -267,46 +285,46 @@ def test_a_full_cache_ends_its_row_and_no_other() -> None:
 
 
 def test_finished_work_costs_nothing_and_is_counted() -> None:
-    """As many choices as tokens that were chosen, whatever the slots; spare slots add no rounds."""
+    """As many choices as tokens that were chosen, whatever the slots; spare slots add no passes."""
     own = loops.lab()
-    prompts = loops.prompts_of(own, 8)
-    found, work = rollout(*own.given(prompts, slots=4), KEY, 4)
+    prompts = loops.prompts_of(own)
+    found, work = roll(own, prompts)
     kinds, states = np.asarray(found.kinds), np.asarray(found.record.states)
     free = int((kinds == FREE).sum())
     # The first token of a step is one choice even where the grammar forces it.
     starts = int(((kinds == FORCED) & (states == LAST)).sum())
     assert int(work.choices) == free + starts
     assert 0.5 < work.useful(4) <= 1
-    _, spare = rollout(*own.given(prompts, slots=40), KEY, 4)
+    _, spare = roll(own, prompts, slots=32, patience=0.1)
     assert int(spare.choices) == int(work.choices)
-    assert int(spare.rounds) < int(work.rounds)
+    assert int(spare.decodes) < int(work.decodes)
 
 
 def test_nothing_compiles_after_the_first_call() -> None:
     own = loops.lab()
-    jax.block_until_ready(rollout(*own.given(loops.prompts_of(own, 5)), KEY, 2))
-    again, key = loops.prompts_of(own, 5, first=5), jax.random.key(9)
+    jax.block_until_ready(roll(own, loops.prompts_of(own)))
+    again, key = loops.prompts_of(own, first=6), jax.random.key(9)
     jax.block_until_ready((again, key))
     watch = Stopwatch()
-    jax.block_until_ready(rollout(*own.given(again), key, 2))
+    jax.block_until_ready(roll(own, again, key))
     assert watch.compiles == 0
 
 
 def test_greedy_rollouts_of_a_group_are_the_same() -> None:
     own = loops.lab()
-    prompts = loops.prompts_of(own, 3)
-    found, _ = rollout(*own.given(prompts, sampling=Sampling(0.0)), KEY, 2)
+    prompts = loops.prompts_of(own)
+    found, _ = roll(own, prompts, sampling=Sampling(0.0))
     rows = after_prompts(found, prompts)
-    assert_rows_equal(rows[::2], rows[1::2])
+    assert_rows_equal(rows[::3], rows[1::3])
 
 
 def test_kinds_lie_in_order() -> None:
     own = loops.lab()
-    prompts = loops.prompts_of(own, 4)
-    found, _ = rollout(*own.given(prompts), KEY)
+    prompts = loops.prompts_of(own)
+    found, _ = roll(own, prompts)
     kinds = np.asarray(found.kinds)
     for row, length in enumerate(np.asarray(found.length)):
-        start = int(jnp.sum(prompts.segment_ids[row]))
+        start = int(jnp.sum(prompts.segment_ids[found.prompt[row]]))
         assert (kinds[row, :start] == PROMPT).all() and (kinds[row, length:] == PAD).all()
         assert np.isin(kinds[row, start:length], (FREE, FORCED, OBSERVATION)).all()
 

@@ -23,13 +23,13 @@ KEY = jax.random.key(7)
 @lru_cache(maxsize=2)
 def some(capacity: int | None = None) -> tuple[Prompts, Trajectories]:
     own = loops.lab()
-    prompts = loops.prompts_of(own, 8)
-    return prompts, jax.device_get(rollout(*own.given(prompts, capacity=capacity), KEY, 12)[0])
+    prompts = loops.prompts_of(own, first=60)  # they see a dozen frames
+    return prompts, jax.device_get(rollout(*own.given(prompts, capacity=capacity), KEY, loops.GROUP)[0])
 
 
 def trace(row: int, capacity: int | None = None) -> Trace:
     prompts, found = some(capacity)
-    return make_trace(loops.lab().tokenizer, found, row, np.asarray(prompts.ids) + 100, {"total": 1.0})
+    return make_trace(loops.lab().tokenizer, found, row, np.asarray(prompts.ids) + 40, {"total": 1.0})
 
 
 def test_a_trace_says_what_the_trajectory_holds() -> None:
@@ -38,7 +38,7 @@ def test_a_trace_says_what_the_trajectory_holds() -> None:
     for row in range(len(found.length)):
         made = trace(row)
         kinds = found.kinds[row]
-        assert made["prompt"] == 100 + row // 12 and made["rollout"] == row % 12
+        assert made["prompt"] == 100 + row // loops.GROUP and made["rollout"] == row % loops.GROUP
         assert made["tokens"] == {
             "prompt": int(np.sum(kinds == PROMPT)),
             "free": int(np.sum(kinds == FREE)),
@@ -148,7 +148,7 @@ def test_facts_are_those_of_the_trajectory() -> None:
         facts, made = make_facts(own.tokenizer, found, row, times, 2), trace(row)
         assert facts.answer == made["answer"] and facts.steps == len(made["steps"])
         shown = found.record.visual[row][found.kinds[row] == OBSERVATION]
-        moments = {times[row // 12, i // 2] / 10 for i in shown[shown >= 0]}
+        moments = {times[row // loops.GROUP, i // 2] / 10 for i in shown[shown >= 0]}
         assert set(facts.seen) == {(t, t) for t in moments}
         seen += len(moments)
     assert seen > 4
