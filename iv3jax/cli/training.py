@@ -1,4 +1,4 @@
-"""`iv3 train`, and what prepares it: `plan`, `data inspect`, `data encode`, `doctor`."""
+"""`iv3 train`, and what prepares it: `plan`, `data inspect`, `data choose`, `data encode`, `doctor`."""
 
 import argparse
 import dataclasses
@@ -32,6 +32,14 @@ def add(command: Command) -> None:
     _experiment(sub)
     sub.add_argument("--samples", type=int, default=64, help="how many to read (default 64)")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub = kinds.add_parser(
+        "choose", help="the questions that rl or distill can learn from", description=_choose.__doc__
+    )
+    sub.set_defaults(run=_choose)
+    _experiment(sub)
+    sub.add_argument("--out", required=True, help="the file to write, for collect.questions")
+    sub.add_argument("--questions", type=int, default=256, help="how many to look at (default 256)")
+    sub.add_argument("--answers", type=int, default=8, help="of each model to each question (default 8)")
     sub = kinds.add_parser("encode", help="the tower's outputs of videos", description=_encode.__doc__)
     sub.set_defaults(run=_encode)
     sub.add_argument(
@@ -93,6 +101,25 @@ def _inspect(args: argparse.Namespace) -> int:
 
     report = inspect_data(experiment(args.config, args.overrides), args.samples)
     print(json.dumps(report.to_dict()) if args.json else report.as_text())
+    return 0
+
+
+def _choose(args: argparse.Namespace) -> int:
+    """Asks an experiment's model its own questions. For rl those are kept whose answers are sometimes right,
+    for distill those that its teacher can answer and it cannot.
+    """
+    from iv3jax.train.choices import write_choices
+    from iv3jax.train.choose import choose
+    from iv3jax.train.config import experiment
+
+    found = []
+    for one in choose(experiment(args.config, args.overrides), args.questions, args.answers):
+        found.append(one)
+        kept = sum(choice.kept for choice in found)
+        print(f"\rkept {kept} of {len(found)} questions", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    write_choices(args.out, found)
+    print(f"{args.out}: {kept} of {len(found)} questions are kept")
     return 0
 
 

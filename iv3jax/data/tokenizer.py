@@ -108,6 +108,11 @@ class Tokenizer:
         """The largest token id plus one, special tokens included."""
         return max(self._inner.get_vocab_size(), *(i + 1 for i in self._added))
 
+    def same_vocabulary(self, other: "Tokenizer") -> bool:
+        """Whether every id of both is the same token."""
+        mine, theirs = (one._inner.get_vocab(with_added_tokens=True) for one in (self, other))
+        return bool(mine == theirs)
+
     @property
     def end_id(self) -> int:
         """The end token of a `pretrain` sample: `<|im_end|>`, Qwen3-VL-Instruct's `eos_token`."""

@@ -4,8 +4,10 @@ Question i is the same on any machine. Its video is rendered on the host, in a t
 encoded on the device by the policy's own tower, so the tower must be one that does not change.
 """
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -24,8 +26,9 @@ from iv3jax.errors import UserError
 from iv3jax.mcr.grammar import Grammar, build
 from iv3jax.mcr.prompts import Prompts, write_prompts
 from iv3jax.mcr.rewards import Reward, RewardConfig, make_facts, reward
-from iv3jax.mcr.rollout import prepare
+from iv3jax.mcr.rollout import prepare, rollout
 from iv3jax.mcr.rollout_config import RolloutConfig
+from iv3jax.mcr.step import Work
 from iv3jax.mcr.trajectories import Trajectories
 from iv3jax.mcr.wording import Wording, make_wording
 from iv3jax.mcr.world import (
@@ -39,7 +42,7 @@ from iv3jax.mcr.world import (
     world_of,
 )
 from iv3jax.models.internvideo3 import InternVideo3
-from iv3jax.typing import Params
+from iv3jax.typing import Array, Params
 
 _QUESTION = 1
 """Sets the questions' random numbers apart from those of the samples that a task's source gives."""
@@ -61,6 +64,22 @@ class Asked:
     samples: tuple[Sample, ...]
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A question worth asking: its number in the order of all, and the name it has there."""
+
+    number: int
+    name: str
+
+
+class Rolled(NamedTuple):
+    """What was asked and what came of it, on the devices."""
+
+    prompts: Prompts
+    trajectories: Trajectories
+    work: Work
+
+
 class Environment:
     """Questions of a mixture of tasks, for rollouts of one configuration.
 
@@ -80,6 +99,7 @@ class Environment:
         frames: int,
         length: int,
         seed: int,
+        only: Sequence[Chosen] = (),
     ) -> None:
         """Opens the sources.
 
@@ -88,9 +108,11 @@ class Environment:
             frames: temporal patches of the overview that a prompt shows.
             length: tokens of a prompt.
             seed: of the order of the questions.
+            only: the questions to ask, over and over; none: all.
 
         Raises:
-            UserError: a source that is no task, or cannot be opened; a model without a tower.
+            UserError: a source that is no task, or cannot be opened; a model without a tower; questions of
+                other sources.
         """
         vision = model.config.vision_config
         if vision is None:
@@ -108,6 +130,13 @@ class Environment:
         self.words: Wording = make_wording(processor.tokenizer)
         longest = max(max(task.task.durations) for task in self._tasks)
         self.patches = len(episode_scene(Episode(longest, (), "train", 0)).times)
+        for one in only:
+            if (name := self._record(one.number)[2]) != one.name:
+                raise UserError(
+                    f"question {one.number} is {name} here, not {one.name}; choose anew, for these "
+                    "data.sources and this seed"
+                )
+        self._only = tuple(one.number for one in only)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -150,22 +179,42 @@ class Environment:
         """Questions number first … first + count − 1. On the host alone."""
         names, questions, scenes, samples = [], [], [], []
         for number in range(first, first + count):
-            source, record = self._order[number]
+            source, record, name = self._record(
+                self._only[number % len(self._only)] if self._only else number
+            )
             task = self._tasks[source]
             key = (task.view.seed, get_args(Split).index(task.view.split), record, _QUESTION)
             episode, about = task.task.make(np.random.default_rng(key), task.view.split)
-            names.append(f"{self._names[source]}:{record}")
+            names.append(name)
             questions.append(about[0])
             scenes.append(episode_scene(episode))
             samples.append(episode_sample(self._processor, episode))
         ids = tuple(range(first, first + count))
         return Asked(tuple(names), ids, tuple(questions), tuple(scenes), tuple(samples))
 
-    def prompts(self, params: Params, asked: Asked, frames: int | None = None, length: int = 0) -> Prompts:
-        """The questions as prompts, their videos encoded by the tower of these parameters.
+    def seen_by(self, model: InternVideo3, frames: int, length: int) -> "Environment":
+        """The same questions as another model is asked them.
 
         Args:
-            frames, length: of another view of the same videos than the environment's own.
+            model: of the same vocabulary. frames, length: of its prompts, as in the constructor.
+
+        Raises:
+            UserError: a model without a tower, or one whose patches are others.
+        """
+        mine, theirs = self._model.config.vision_config, model.config.vision_config
+        if theirs is None:
+            raise UserError("the other model has no vision tower; it cannot look at the same videos")
+        for name in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
+            if (ours := getattr(mine, name)) != (other := getattr(theirs, name)):
+                raise UserError(
+                    f"{name} is {ours} here and {other} in the other model; frames are cut once for both"
+                )
+        other = copy(self)
+        other._model, other._frames, other._length = model, frames, length
+        return other
+
+    def prompts(self, params: Params, asked: Asked) -> Prompts:
+        """The questions as prompts, their videos encoded by the tower of these parameters.
 
         Raises:
             UserError: a prompt is longer than the length.
@@ -183,11 +232,28 @@ class Environment:
             asked.scenes,
             [question.text for question in asked.questions],
             world,
-            frames=frames or self._frames,
+            frames=self._frames,
             grid=self.config.tools.grid,
-            length=length or self._length,
+            length=self._length,
             ids=asked.ids,
         )
+
+    def _record(self, number: int) -> tuple[int, int, str]:
+        """Source and record of a question of the whole order, and its name."""
+        source, record = self._order[number]
+        return source, record, f"{self._names[source]}:{record}"
+
+    def roll(self, params: Params, asked: Asked, key: Array, group: int) -> Rolled:
+        """`group` rollouts of each question, by the model with these parameters.
+
+        Raises:
+            UserError: a prompt that is too long.
+        """
+        prompts = self.prompts(params, asked)
+        trajectories, work = rollout(
+            self._model, params, prompts, self.config, self.grammar, self.words, key, group
+        )
+        return Rolled(prompts, trajectories, work)
 
     def rewards(self, config: RewardConfig, asked: Asked, trajectories: Trajectories) -> list[Reward]:
         """What each rollout is worth; `trajectories` are on the host."""

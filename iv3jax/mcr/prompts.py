@@ -128,6 +128,14 @@ def write_prompts(
     return Prompts(numbers, stack(0, 0), stack(1, 0), stack(2, 0, 1), stack(3, -1), world)
 
 
+def ends(prompts: Prompts) -> tuple[Array, Array]:
+    """Tokens of each prompt (P,), and the position (P,) of what follows it, int32."""
+    real = prompts.segment_ids != 0
+    # Vision positions may run ahead of the token count: text goes on after the largest.
+    highest = jnp.max(jnp.where(real, prompts.positions, -1), axis=(0, 2))
+    return jnp.sum(real, axis=1, dtype=jnp.int32), highest + 1
+
+
 def fill_bank(
     model: InternVideo3,
     params: Params,
@@ -139,7 +147,7 @@ def fill_bank(
     rows, length = prompts.tokens.shape
     size = min(chunk, length)
     parts = -(-length // size)
-    lengths = jnp.sum(prompts.segment_ids != 0, axis=1, dtype=jnp.int32)
+    lengths, following = ends(prompts)
 
     def cut(x: Array, fill: int) -> Array:
         """(…, P, T0) → (parts, …, P, size)."""
@@ -162,9 +170,7 @@ def fill_bank(
     columns = (prompts.tokens, prompts.segment_ids, prompts.positions, prompts.visual)
     chunks = tuple(cut(x, fill) for x, fill in zip(columns, (0, 0, 0, -1), strict=True))
     (cache, last), _ = jax.lax.scan(feed, (cache, last), (jnp.arange(parts), *chunks))
-    # Vision positions may run ahead of the token count: text goes on after the largest.
-    highest = jnp.max(jnp.where(prompts.segment_ids != 0, prompts.positions, -1), axis=(0, 2))
-    return Bank(cache, next_logits(model, params, last), highest + 1)
+    return Bank(cache, next_logits(model, params, last), following)
 
 
 def feed_chunk(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from iv3jax.mcr.grammar import Call
 from iv3jax.mcr.memory import Memory
-from iv3jax.mcr.prompts import Prompts, visual_features
+from iv3jax.mcr.prompts import Prompts, ends, visual_features
 from iv3jax.models.batch import Batch
 from iv3jax.typing import Array
 
@@ -156,6 +156,27 @@ def with_prompts(record: Record, length: Array, prompts: Prompts, prompt: Array)
     room = empty_record(*record.tokens.shape)
     whole = Record(*(jnp.concatenate(pair, axis=-1) for pair in zip(start, room, strict=True)))
     return append(whole, before, record, length)
+
+
+def after_others(trajectories: Trajectories, prompts: Prompts, others: Prompts) -> Trajectories:
+    """The same rollouts after other prompts about the same videos, such as some that show more frames.
+
+    Args:
+        prompts: those of the trajectories. others: as many, of any length.
+    """
+    record, row = trajectories.record, trajectories.prompt
+    (before, old), (others_before, new) = ends(prompts), ends(others)
+    room = record.tokens.shape[1] - prompts.tokens.shape[1]
+    source = jnp.minimum(jnp.arange(room) + before[row][:, None], record.tokens.shape[1] - 1)
+
+    def cut(x: Array) -> Array:
+        return jnp.take_along_axis(x, jnp.broadcast_to(source, (*x.shape[:-1], room)), axis=-1)
+
+    rest = Record(*map(cut, record))
+    rest = rest._replace(positions=rest.positions + (new - old)[row][:, None])
+    count = trajectories.length - before[row]
+    whole = with_prompts(rest, count, others, row)
+    return trajectories._replace(record=whole, length=others_before[row] + count)
 
 
 def as_batch(trajectories: Trajectories, prompts: Prompts) -> Batch:

@@ -18,7 +18,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from iv3jax.mcr.environment import Asked, Environment
 from iv3jax.mcr.rewards import PARTS, Reward
-from iv3jax.mcr.rollout import rollout
 from iv3jax.mcr.trace import make_trace, write_traces
 from iv3jax.mcr.trajectories import FREE, Trajectories
 from iv3jax.models.internvideo3 import InternVideo3
@@ -27,6 +26,7 @@ from iv3jax.train.collect_batch import logprobs, part_of, regrouped, rows_of
 from iv3jax.train.config import TrainConfig
 from iv3jax.train.distill import TEACHER
 from iv3jax.train.feeds import Ready
+from iv3jax.train.lesson import Lesson
 from iv3jax.train.policy import Rules
 from iv3jax.train.policy_batch import PolicyBatch
 from iv3jax.train.rl import advantages
@@ -66,14 +66,16 @@ class RolloutCollector:
         mesh: Mesh,
         out: AnyPath | None,
         lanes: int,
+        lesson: Lesson | None = None,
     ) -> None:
         """Nothing is done yet but the first questions, in a thread.
 
         Args:
             out: the run's folder, for traces. lanes: rows of this host's part of a step.
+            lesson: what is learned from, if not rewards.
         """
         self._config, self._model, self._environment = config, model, environment
-        self._out, self._lanes = out, lanes
+        self._out, self._lanes, self._lesson = out, lanes, lesson
         self._rules = Rules(environment.grammar, environment.config.sampling)
         self._unfiltered = self._rules.unfiltered
         self._key = jax.random.key(config.seed)
@@ -113,12 +115,12 @@ class RolloutCollector:
         """What is learned from, all that was rolled out, and how many groups of it have mixed outcomes."""
         collect = self._config.collect
         whole = {name: x for name, x in join(params, frozen).items() if name != TEACHER}
-        batch, attempts = self._attempt(number, 0, whole)
+        batch, attempts = self._attempt(number, 0, whole, frozen)
         rewards, done = attempts.totals, [attempts]
         for again in range(1, collect.attempts):
             if mixed(rewards).all():
                 break
-            more, attempt = self._attempt(number, again, whole)
+            more, attempt = self._attempt(number, again, whole, frozen)
             done.append(attempt)
             picked = pick([rewards, attempt.totals], collect.prompts)
             groups = picked.rollout * collect.prompts + picked.group
@@ -127,23 +129,17 @@ class RolloutCollector:
             batch = regrouped(batch, more, rows)
         return self._finished(batch, rewards, whole, frozen), done, int(mixed(rewards).sum())
 
-    def _attempt(self, number: int, attempt: int, params: Params) -> tuple[PolicyBatch, _Attempt]:
+    def _attempt(
+        self, number: int, attempt: int, params: Params, frozen: Params
+    ) -> tuple[PolicyBatch, _Attempt]:
         environment, collect = self._environment, self._config.collect
         start = time.perf_counter()
         asked = self._take(number, attempt)
         waited = time.perf_counter() - start
-        prompts = environment.prompts(params, asked)
-        trajectories, work = rollout(
-            self._model,
-            params,
-            prompts,
-            environment.config,
-            environment.grammar,
-            environment.words,
-            self._key,
-            collect.group,
-        )
+        prompts, trajectories, work = environment.roll(params, asked, self._key, collect.group)
         batch = rows_of(trajectories, prompts)
+        if self._lesson is not None:
+            batch = self._lesson(batch, trajectories, prompts, asked, frozen[TEACHER])
         trajectories, work = jax.device_get(self._everywhere((trajectories, work)))
         rewards = environment.rewards(self._config.reward, asked, trajectories)
         totals = np.array([one.total for one in rewards]).reshape(collect.prompts, collect.group)
@@ -155,6 +151,8 @@ class RolloutCollector:
     ) -> PolicyBatch:
         """The batch with what the objective needs beside the rollouts."""
         config = self._config
+        if self._lesson is not None:
+            return batch
         parts = config.collect.prompts * config.collect.group // config.rows
         old = logprobs(self._model, self._rules, params, parts, batch)
         reference = None

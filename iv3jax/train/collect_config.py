@@ -8,7 +8,7 @@ from iv3jax.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from iv3jax.train.config import TrainConfig
 
-STAGES = ("supervised", "rl")
+STAGES = ("supervised", "rl", "distill")
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,16 @@ class CollectConfig:
         prompts: questions that are learned from at one time. group: rollouts of each. Together they are the
             rows of one or more steps.
         attempts: how often so many questions are asked, at most, to find as many groups whose rollouts differ
-            in their rewards; 1 takes what comes.
+            in their rewards; 1 takes what comes, as distillation does.
         frames: temporal patches of the overview that a prompt shows.
+        questions: a file of `iv3 data choose`; those that it keeps are asked over and over, and no others.
     """
 
     prompts: int = 8
     group: int = 8
     attempts: int = 2
     frames: int = 8
+    questions: str = ""
 
     def __post_init__(self) -> None:
         for name in ("prompts", "group", "attempts", "frames"):
@@ -55,7 +57,9 @@ def check_stage(config: "TrainConfig") -> None:
         return
     collect, rows = config.collect, config.rows * config.accumulate
     rollouts = collect.prompts * collect.group
-    if collect.group < 2:
+    if config.stage == "distill":
+        _check_distillation(config)
+    elif collect.group < 2:
         raise UserError(
             f"collect.group {collect.group}: a group of one has no other rollouts to be compared with; make "
             "it 2 or more"
@@ -97,3 +101,17 @@ def check_stage(config: "TrainConfig") -> None:
         raise UserError(f"mesh.context {config.mesh.context}: rollouts are not split over it; make it 1")
     if config.held_out.every:
         raise UserError("held_out.every: held-out loss is of the supervised stages; set it to 0")
+
+
+def _check_distillation(config: "TrainConfig") -> None:
+    distill, collect = config.distill, config.collect
+    if collect.attempts > 1:
+        raise UserError(
+            f"collect.attempts {collect.attempts}: distillation learns from every rollout, none is replaced; "
+            "make it 1"
+        )
+    if not distill.teacher and distill.frames <= collect.frames:
+        raise UserError(
+            "distill.teacher: is empty, so the teacher is the model itself as the run began; let it see more "
+            f"than the student with distill.frames above {collect.frames}, or name another model"
+        )

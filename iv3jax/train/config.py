@@ -15,6 +15,7 @@ from iv3jax.mcr.rewards import RewardConfig
 from iv3jax.mcr.rollout_config import RolloutConfig
 from iv3jax.models.lora import Lora
 from iv3jax.train.collect_config import CollectConfig, TracesConfig, check_stage
+from iv3jax.train.distill import DistillConfig
 from iv3jax.train.optimizer import OptimizerConfig
 from iv3jax.train.rl import RLConfig
 
@@ -95,7 +96,8 @@ class TrainConfig:
     """One run.
 
     Attributes:
-        stage: "supervised" learns from samples; "rl" from the rewards of its own rollouts.
+        stage: "supervised" learns from samples; "rl" from the rewards of its own rollouts; "distill" from
+            what a teacher makes of them.
         preset: the model's shape, unless `init` has one.
         init: where to start: a model folder or hub id, its shape included, or the folder of another run,
             whose latest checkpoint it is; empty: random weights.
@@ -113,8 +115,8 @@ class TrainConfig:
         on_nonfinite: "stop" ends the run where the loss is not finite, "skip" leaves that step out.
         mesh, checkpoint, held_out, optimizer, data: see there.
         digits: of the digit task, which is what a supervised run without `data.sources` learns.
-        collect, rollout, reward, rl, traces: of the stages that learn from rollouts; `data.sources` are then
-            what is asked.
+        collect, rollout, reward, traces: of the stages that learn from rollouts; `data.sources` are then
+            what is asked. rl, distill: of the one and the other.
     """
 
     stage: str = "supervised"
@@ -144,6 +146,7 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     traces: TracesConfig = field(default_factory=TracesConfig)
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from iv3jax.mcr.grammar import mask
 from iv3jax.models.batch import IGNORE_LABEL
 from iv3jax.models.internvideo3 import InternVideo3
 from iv3jax.train.loss import LOGIT_CHUNK
-from iv3jax.train.objective import Objective
+from iv3jax.train.objective import Objective, Terms
 from iv3jax.train.policy import (
     Chosen,
     Reading,
@@ -194,11 +194,20 @@ class DistillConfig:
     Attributes:
         kind: "exact", with the teacher in the step; "top_k", with its most likely tokens in the batch; or
             "sampled", with its log-probabilities of the sampled tokens in the batch.
+        teacher: a model folder, hub id or run, of any attention and size, with the student's tokenizer;
+            empty: the model as the run began, which then needs `frames`.
+        frames: temporal patches of the overview that the teacher sees; 0: as many as the student.
+        room: tokens that its prompt may have beyond the student's, for these.
+        top: for "top_k", how many tokens.
         truncation: for "sampled", the most that a token counts for being likelier now than when it was
             sampled.
     """
 
     kind: str = "exact"
+    teacher: str = ""
+    frames: int = 0
+    room: int = 0
+    top: int = 64
     truncation: float = 2.0
 
     def __post_init__(self) -> None:
@@ -207,6 +216,9 @@ class DistillConfig:
             raise UserError(f"kind {self.kind!r} is not one of {', '.join(KINDS)}{near}")
         if self.truncation < 1:
             raise UserError(f"truncation {self.truncation} must be 1 or more")
+        for name, least in (("frames", 0), ("room", 0), ("top", 1)):
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"{name} {value} must be {least} or more")
 
 
 def distillation(
@@ -228,16 +240,22 @@ def distillation(
     def weights(batch: PolicyBatch) -> Array:
         return batch.free.astype(jnp.float32)
 
-    def losses(params: Params, batch: PolicyBatch, _: Array) -> Array:
+    def terms(params: Params, batch: PolicyBatch, _: Array) -> Terms:
         reading, labels = read(model, params, batch.batch), batch.labels
-        if config.kind == "exact":
-            assert teacher is not None, "refused above"
-            return compared(reading, teacher.read(params, batch), labels, batch.states, rules).kl
+        if config.kind == "sampled":
+            found: Chosen = chosen(reading, labels, batch.states, rules)
+            reference = needed(batch.reference, "reference")
+            losses = sampled_losses(found.logprob, reference, batch.sampler, batch.free, config.truncation)
+            return losses, {"entropy": found.entropy}
         if config.kind == "top_k":
             top = TopK(needed(batch.top_ids, "top_ids"), needed(batch.top_logprobs, "top_logprobs"))
-            return top_k_kl(reading, labels, batch.states, top, rules).kl
-        found: Chosen = chosen(reading, labels, batch.states, rules)
-        reference = needed(batch.reference, "reference")
-        return sampled_losses(found.logprob, reference, batch.sampler, batch.free, config.truncation)
+            seen = top_k_kl(reading, labels, batch.states, top, rules)
+        else:
+            assert teacher is not None, "refused above"
+            seen = compared(reading, teacher.read(params, batch), labels, batch.states, rules)
+        return seen.kl, {"entropy": seen.entropy}
 
-    return Objective(weights, losses)
+    def losses(params: Params, batch: PolicyBatch, key: Array) -> Array:
+        return terms(params, batch, key)[0]
+
+    return Objective(weights, losses, terms)

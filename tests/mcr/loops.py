@@ -71,7 +71,9 @@ def lab(name: str = "tiny", scan_layers: bool = True, temperature: float = 1.0, 
     return Lab(model, params, tokenizer, config, grammar, make_wording(tokenizer))
 
 
-def prompts_of(own: Lab, count: int = COUNT, seed: int = 0, length: int = 112, first: int = 0) -> Prompts:
+def prompts_of(
+    own: Lab, count: int = COUNT, seed: int = 0, length: int = 112, first: int = 0, frames: int = 3
+) -> Prompts:
     """Prompts first … first+count−1 of an endless row of random ones.
 
     The videos are so long that a random time is often inside.
@@ -90,7 +92,15 @@ def prompts_of(own: Lab, count: int = COUNT, seed: int = 0, length: int = 112, f
     questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(first, first + count)]
     ids = range(first, first + count)
     return write_prompts(
-        own.tokenizer, own.model.config, scenes, questions, world, frames=3, grid=GRID, length=length, ids=ids
+        own.tokenizer,
+        own.model.config,
+        scenes,
+        questions,
+        world,
+        frames=frames,
+        grid=GRID,
+        length=length,
+        ids=ids,
     )
 
 
