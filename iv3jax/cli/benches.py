@@ -17,6 +17,7 @@ NAMES = (
     "conversion",
     "train",
     "stages",
+    "rollout",
 )
 
 
@@ -44,6 +45,7 @@ def _bench(args: argparse.Namespace) -> int:
         export,
         generate,
         kernels,
+        rollout,
         stages,
         train,
         tune,
@@ -65,6 +67,7 @@ def _bench(args: argparse.Namespace) -> int:
         "tune": (tune, tune.bench_tune),
         "train": (train, train.bench_train),
         "stages": (stages, lambda: stages.bench_stages(args.model, videos(100), args.seed)),
+        "rollout": (rollout, lambda: rollout.bench_rollout(args.model)),
         "export": (export, lambda: export.bench_export(args.layers)),
         "conversion": (
             conversion,
