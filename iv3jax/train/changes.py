@@ -7,7 +7,7 @@ from typing import Any
 
 from iv3jax.errors import UserError
 from iv3jax.paths import AnyPath
-from iv3jax.train.config import TrainConfig
+from iv3jax.train.config import TrainConfig, build
 
 FREE = (
     "mesh",
@@ -30,9 +30,11 @@ def check_changes(before: Mapping[str, Any], config: TrainConfig, folder: AnyPat
         before: the config that the checkpoint records.
 
     Raises:
-        UserError: names the first field that differs, with both values.
+        UserError: names the first field that differs, with both values; a field that there is no more.
     """
     now = json.loads(json.dumps(asdict(config)))
+    # Fields that came later had no other value than their default.
+    before = json.loads(json.dumps(asdict(build(TrainConfig, before, str(folder)))))
     for name, old, new in _differences(before, now):
         if not any(name == free or name.startswith(f"{free}.") for free in FREE):
             raise UserError(

@@ -27,11 +27,14 @@ from iv3jax.models.internvideo3 import InternVideo3, boxed_params
 from iv3jax.models.presets import preset
 from iv3jax.sharding import param_shardings, partition_spec, unbox
 from iv3jax.train.config import TrainConfig
+from iv3jax.train.distill import TEACHER
 from iv3jax.train.flops import Flops, flops_per_token
 from iv3jax.train.loop import mesh_of
 from iv3jax.train.model import model_of
 from iv3jax.train.objective import supervised
 from iv3jax.train.optimizer import make_optimizer
+from iv3jax.train.plan_rollouts import beside_shapes, rollout_batch, rollout_objective
+from iv3jax.train.policy_batch import PolicyBatch
 from iv3jax.train.state import TrainState, state_shapes
 from iv3jax.train.step import make_step
 from iv3jax.train.trainable import split, trainable
@@ -102,7 +105,7 @@ class Planned:
     """
 
     function: Callable[..., Any]
-    arguments: tuple[TrainState, Any, Batch]
+    arguments: tuple[TrainState, Any, Batch | PolicyBatch]
     model: InternVideo3
     mesh: Mesh
     trained: frozenset[tuple[str, ...]]
@@ -111,7 +114,8 @@ class Planned:
         """The program for that chip, a key of CHIPS."""
         places = jax.tree.map(lambda x: x.sharding, self.arguments[0])
         with target(CHIPS[chip]), jax.set_mesh(self.mesh):
-            step = jax.jit(self.function, donate_argnums=(0,), out_shardings=(places, None))
+            # A reference model that the step itself does not read has its memory all the same.
+            step = jax.jit(self.function, donate_argnums=(0,), out_shardings=(places, None), keep_unused=True)
             return step.lower(*self.arguments).compile(_OPTIONS.get(chip))
 
     @property
@@ -156,8 +160,6 @@ def planned(config: TrainConfig, mesh: Mesh) -> Planned:
     Raises:
         UserError: rows, or sizes of the model, that the mesh does not divide.
     """
-    if config.stage != "supervised":
-        raise UserError(f"stage {config.stage!r} cannot be planned yet, only the supervised stages can")
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.rows % parts:
         raise UserError(
@@ -173,9 +175,16 @@ def planned(config: TrainConfig, mesh: Mesh) -> Planned:
     optimizer = make_optimizer(config.optimizer, config.steps, moving)
     state = TrainState(**state_shapes(moving, shardings[0], optimizer, mesh))
     frozen = jax.tree.map(_placed, unbox(still), shardings[1])
-    objective = supervised(model, config.reduction)
+    batch: Batch | PolicyBatch
+    if config.stage == "supervised":
+        objective = supervised(model, config.reduction)
+        batch = batch_shapes(config, model.config, mesh)
+    else:
+        objective, beside = rollout_objective(config, model)
+        batch = rollout_batch(config, model, beside, mesh)
+        if beside is not None:
+            frozen = {**frozen, TEACHER: beside_shapes(beside, mesh)}
     function = make_step(optimizer, objective, config.accumulate, shardings[0])
-    batch = batch_shapes(config, model.config, mesh)
     return Planned(function, (state, frozen, batch), model, mesh, trained)
 
 
@@ -256,7 +265,10 @@ def _plan(
 
 
 def _flops(config: TrainConfig, step: Planned) -> Flops:
-    """Of the step's model, where a sample fills its row."""
+    """Of the step's model, where a sample fills its row; of a teacher in the step nothing is counted."""
+    if config.stage != "supervised":
+        # Videos were encoded before.
+        config = dataclasses.replace(config, chunks=0)
     chunks = config.rows * config.chunks / step.mesh.size
     return flops_per_token(
         step.model.config,
@@ -298,7 +310,8 @@ def _bound(
 
 def _leaves(step: Planned) -> list[tuple[tuple[str, ...], Any]]:
     state, frozen, _ = step.arguments
-    return [*flatten_dict(state.params).items(), *flatten_dict(frozen).items()]
+    own = {name: x for name, x in frozen.items() if name != TEACHER}
+    return [*flatten_dict(state.params).items(), *flatten_dict(own).items()]
 
 
 def advice(config: TrainConfig, mesh: dict[str, int], arguments: int, limit: int) -> tuple[str, ...]:
