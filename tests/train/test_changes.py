@@ -26,12 +26,12 @@ def test_a_field_that_came_later_had_its_default() -> None:
     old = recorded(CONFIG)
     del old["collect"]["questions"], old["distill"]
     check_changes(old, CONFIG, Path("run"))
-    with pytest.raises(UserError, match="with distill.top = 64, not 8"):
+    with pytest.raises(UserError, match=r"with distill\.top = 64, not 8"):
         check_changes(old, replace(CONFIG, distill=replace(CONFIG.distill, top=8)), Path("run"))
 
 
 def test_others_are_refused_by_name() -> None:
     with pytest.raises(UserError, match="with seed = 0, not 3"):
         check_changes(recorded(CONFIG), replace(CONFIG, seed=3), Path("run"))
-    with pytest.raises(UserError, match="unknown field 'sed'; did you mean 'seed'"):
+    with pytest.raises(UserError, match="unknown field 'sed'; did you mean"):
         check_changes(recorded(CONFIG) | {"sed": 1}, CONFIG, Path("run"))
