@@ -15,6 +15,7 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _KINDS = "all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-(?:permute|broadcast)"
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_END = re.compile(r"\}(, execution_thread=.*)?$")
 _OF_A_REDUCE_SCATTER = "all-reduce-scatter"
 
 
@@ -88,10 +89,13 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
             if not line.startswith(" ") and (match := _COMPUTATION.match(line)):
                 current = found.setdefault(match[2], [])
                 entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             current = None
-        else:
+        elif line.startswith(" ") or not current:
             current.append(line)
+        else:
+            # A kernel's attributes may have lines of their own.
+            current[-1] += line
     return entry, found
 
 

@@ -102,3 +102,18 @@ def test_a_gpus_text():
         ("reduce-scatter", ((16, 8),) * 4, 1024, 4),
         ("all-reduce", ((4,),), 16, 1),
     ]
+
+
+KERNEL = """HloModule jit_step
+ENTRY %main (x: bf16[16,8]) -> bf16[64,8] {
+  %kernel = bf16[16,8] custom-call(%x), frontend_attributes={kernel_metadata={
+"name": "splash", "blocks": {
+"q": 512
+}}}, metadata={op_name="attention"}
+  ROOT %all = bf16[64,8] all-gather(%kernel), replica_groups=[2,4]<=[8], dimensions={0}
+}, execution_thread="main"
+"""
+
+
+def test_a_kernels_attributes_of_several_lines_end_nothing():
+    assert [(c.kind, c.bytes) for c in collectives(KERNEL)] == [("all-gather", 1024)]
