@@ -159,7 +159,7 @@ Axes = Sequence[str | None]
 def split(
     function: Callable[..., Any], inputs: Sequence[Axes | None], outputs: Sequence[Axes], *args: Array | None
 ) -> Any:
-    """function(*args) on every device's own part of the arguments; as it is without a mesh.
+    """function(*args) on every device's own part of the arguments; as it is without a mesh or inside another.
 
     What the compiler cannot split by itself, a kernel above all, is called so. A logical axis of which some
     size does not divide stays whole.
@@ -170,7 +170,7 @@ def split(
         outputs: those of each result, of which there are two or more, or one alone.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.size == 1 or not _auto_axes(mesh):
         return function(*args)
     sizes: dict[str, set[int]] = {}
     for names, x in zip(inputs, args, strict=True):
@@ -213,7 +213,7 @@ def with_weights(
     """function(weights, *args) with whole weights on every device, and its own part of the arguments.
 
     The weights are gathered once and their gradients are summed over the devices once, whatever loops
-    `function` has inside. As it is without a mesh.
+    `function` has inside. As it is without a mesh, and on a device's own part of something larger.
 
     Args:
         weights: a pytree of arrays, in the dtype they are to be sent in.
@@ -222,7 +222,7 @@ def with_weights(
         over: mesh axes that `function` sees a part of; what the others split is the compiler's.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.size == 1 or not _auto_axes(mesh):
         return function(weights, *args)
     sizes: dict[str, set[int]] = {}
     for names, x in zip(inputs, args, strict=True):

@@ -139,7 +139,7 @@ def _compiled(
     return _Count(
         float((found.kinds > PROMPT).sum(axis=1).mean()),
         float((found.calls.tools >= 0).sum(axis=1).mean()),
-        work.useful(environment.config.slots),
+        work.useful,
     )
 
 
@@ -179,7 +179,7 @@ def _hosted(
         real = segment_ids[i] != 0
         own = (tokens[i, real], positions[:, i, real], visual[i, real])
         talks.append(_Conversation(row, i, *own, int(real.sum())))
-    calls, choices, places = 0, 0, 0
+    calls, choices, decoded = 0, 0, 0
     for first in range(0, len(talks), spend.slots):
         active = list(range(first, min(first + spend.slots, len(talks))))
         memory = empty_memory(_power(len(active)), spend.tools.memory, spend.grammar.longest_text)
@@ -199,7 +199,7 @@ def _hosted(
                 _turn(size, given, last, real, jnp.int32(step), memory)
             )
             calls += len(active)
-            choices, places = choices + int(work.choices), places + int(work.decodes) * rows
+            choices, decoded = choices + int(work.choices), decoded + int(work.decoded)
             going = []
             for at, i in enumerate(active):
                 said = slice(0, length[at])
@@ -218,7 +218,7 @@ def _hosted(
     return _Count(
         float(np.mean([len(one.tokens) - one.start for one in talks])),
         calls / len(talks),
-        choices / places,
+        choices / decoded,
     )
 
 

@@ -23,9 +23,11 @@ from iv3jax.bench.digits import answers
 from iv3jax.bench.table import as_text
 from iv3jax.checkpoint.load import load
 from iv3jax.conversion.convert import convert
+from iv3jax.conversion.source import Source
 from iv3jax.data.tasks import TASKS
 from iv3jax.data.tasks.judge import score
 from iv3jax.data.tasks.source import Case, TaskSource
+from iv3jax.errors import UserError
 from iv3jax.train.config import experiment
 from iv3jax.train.run import run
 
@@ -65,7 +67,11 @@ class Asked:
 
 
 def bench_stages(
-    model: str | None = None, videos: int = 100, seed: int = 1, folder: Path = FOLDER
+    model: str | None = None,
+    videos: int = 100,
+    seed: int = 1,
+    folder: Path = FOLDER,
+    part: str | None = None,
 ) -> dict[str, Any]:
     """Trains what `folder` does not hold yet, and asks.
 
@@ -75,14 +81,18 @@ def bench_stages(
         videos: held-out questions of each task and length, the same ones for every row and for the same seed.
         seed: of these.
         folder: for the runs and the figures.
+        part: "whole" leaves out the rows without a stage.
 
     Raises:
-        UserError: `load`'s, `convert`'s or `run`'s.
+        UserError: an unknown part; `load`'s, `convert`'s or `run`'s.
     """
+    if part not in (None, "whole"):
+        raise UserError(f"--part {part}: stages has only the part whole, the rows without a stage left out")
     # Progress must not stand among what is printed as JSON.
     with redirect_stdout(sys.stderr):
         source = model or str(trained_source(CONVERSIONS / "source"))
         asked = questions(videos, seed)
+        folder = folder / Source.open(source).fingerprint()[:8]
         cells = Cells(folder / f"{videos}-{seed}")
 
         def row(name: str, place: str, steps: int) -> dict[str, Any]:
@@ -92,7 +102,7 @@ def bench_stages(
         if not start.exists():
             convert(source, start, variants()[f"{RECOVERED:.1%} iv3"], calibration_of(source))
         rows = [row("source", source, 0), row("converted", str(start), 0)]
-        for chain in CHAINS:
+        for chain in CHAINS[: len(STAGES) if part else None]:
             place, steps = str(start), 0
             for number, stage in enumerate(chain):
                 out = folder / "-".join(chain[: number + 1]).replace(" ", "")

@@ -33,7 +33,11 @@ def add(command: Command) -> None:
     )
     sub.add_argument("--seed", type=int, default=1, help="which held-out videos (default 1)")
     sub.add_argument("--layers", type=int, default=4, help="export: decoder layers (default 4)")
-    sub.add_argument("--part", help="conversion: text (real weights) or video (tiny model); default both")
+    sub.add_argument(
+        "--part",
+        help="conversion: text (real weights) or video (tiny model); default both. stages: whole leaves out "
+        "the rows without a stage",
+    )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -66,7 +70,10 @@ def _bench(args: argparse.Namespace) -> int:
         "kernels": (kernels, kernels.bench_kernels),
         "tune": (tune, tune.bench_tune),
         "train": (train, train.bench_train),
-        "stages": (stages, lambda: stages.bench_stages(args.model, videos(100), args.seed)),
+        "stages": (
+            stages,
+            lambda: stages.bench_stages(args.model, videos(100), args.seed, part=args.part),
+        ),
         "rollout": (rollout, lambda: rollout.bench_rollout(args.model)),
         "export": (export, lambda: export.bench_export(args.layers)),
         "conversion": (

@@ -4,10 +4,14 @@ The prompts are fed once. Then rounds of `step` run until the queue of rollouts 
 a loop that ends by itself, so rollouts that have ended cost nothing.
 """
 
+import math
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from iv3jax.mcr.grammar import LAST, Grammar, longest_forced, longest_step, start_call
 from iv3jax.mcr.memory import empty_memory
@@ -15,10 +19,11 @@ from iv3jax.mcr.prompts import Prompts, check_prompts, fill_bank
 from iv3jax.mcr.rollout_config import Lengths, RolloutConfig, check_rollout
 from iv3jax.mcr.step import Given, Loop, State, Work, listen, look, running, speak, start
 from iv3jax.mcr.tools import Observation, observe
-from iv3jax.mcr.trajectories import Trajectories, with_prompts
+from iv3jax.mcr.trajectories import Record, Trajectories, with_prompts
 from iv3jax.mcr.wording import Wording
 from iv3jax.mcr.world import World
 from iv3jax.models.internvideo3 import InternVideo3
+from iv3jax.sharding import axes_over
 from iv3jax.typing import Array, Params
 
 
@@ -35,8 +40,8 @@ def rollout(
     """`group` rollouts of each prompt → the P·group trajectories, those of a prompt side by side.
 
     What a trajectory says depends on the parameters, its prompt, the prompt's id, its number in the group and
-    the key; not on slots, their order, the padding of prompts, or other prompts. A second call of the same
-    shapes compiles nothing.
+    the key; not on slots, their order, the padding of prompts, other prompts, or how many devices share them.
+    A second call of the same shapes compiles nothing.
 
     Args:
         key: a jax.random.key.
@@ -104,6 +109,45 @@ def finish(loop: Loop, given: Given, state: State) -> Trajectories:
 
 @partial(jax.jit, static_argnums=0)
 def _run(loop: Loop, given: Given) -> tuple[Trajectories, Work]:
+    """On every device that shares a batch its part of the prompts, with its part of the slots.
+
+    A rollout is what it is in any company, so the devices have nothing to tell each other: the weights are
+    gathered once, and no device waits for another before all are done.
+    """
+    prompts = given.prompts.tokens.shape[0]
+    axes = axes_over("batch", prompts)
+    if not axes:
+        return _alone(loop, given)
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    slots = -(-loop.config.slots // parts)
+    local = replace(loop, config=replace(loop.config, slots=slots))
+
+    def part(given: dict[str, Any]) -> tuple[Trajectories, Work]:
+        found, work = _alone(local, Given(**given))
+        sums = Work(*(jax.lax.psum(x, axes) for x in work))
+        return found, sums._replace(rounds=jax.lax.pmax(work.rounds, axes))
+
+    whole = PartitionSpec()
+    found, work = jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=({**dict.fromkeys(Given._fields, whole), "prompts": _split_rows(Prompts, axes)},),
+        out_specs=(_split_rows(Trajectories, axes)._replace(record=_split_rows(Record, axes)), whole),
+        check_vma=False,
+    )(given._asdict())
+    return found._replace(prompt=jnp.arange(prompts * loop.group) // loop.group), work
+
+
+def _split_rows(kind: Any, axes: tuple[str, ...]) -> Any:
+    """Of a NamedTuple whose rows are the first axis of all arrays, and of positions the second."""
+    names = {name: PartitionSpec(axes) for name in kind._fields}
+    if "positions" in names:
+        names["positions"] = PartitionSpec(None, axes)
+    return kind(**names)
+
+
+def _alone(loop: Loop, given: Given) -> tuple[Trajectories, Work]:
     bank = fill_bank(loop.model, given.params, given.prompts, loop.config.cache_dtype)
 
     def one(state: State) -> State:

@@ -15,7 +15,8 @@ class RolloutConfig:
     Attributes:
         steps: calls at most, the answer among them; the last step must answer.
         budget: tokens at most after the prompt, of all kinds: thoughts, calls and observations.
-        slots: rollouts that run side by side; the others wait for one that has ended.
+        slots: rollouts that run side by side, on all devices together; the others wait for one that has
+            ended.
         sampling: how tokens are chosen among those the grammar allows.
         grammar: what may be said.
         tools: what the tools show.

@@ -66,17 +66,19 @@ class Work(NamedTuple):
     """What was computed, () int32 each.
 
     Attributes:
-        rounds: rounds of speaking, looking and listening.
-        decodes: passes that chose a token in every slot. choices: the tokens so chosen that a rollout needed.
+        rounds: rounds of speaking, looking and listening; of several devices, the most.
+        decoded: row-steps of decoding: a row for each slot in each pass that chose tokens.
+        choices: those of them whose token a rollout needed.
     """
 
     rounds: Array
-    decodes: Array
+    decoded: Array
     choices: Array
 
-    def useful(self, slots: int) -> float:
+    @property
+    def useful(self) -> float:
         """The share of row-steps of decoding in which a rollout chose a token."""
-        return float(self.choices) / (float(self.decodes) * slots)
+        return float(self.choices) / float(self.decoded)
 
 
 class Rows(NamedTuple):
@@ -320,7 +322,7 @@ def _choose_and_feed(loop: Loop, given: Given, keys: Array, state: State) -> Sta
         pending_count=jnp.where(complete, turn.length, state.pending_count),
         rows=state.rows._replace(record=record, length=state.rows.length + turn.length),
         work=state.work._replace(
-            decodes=state.work.decodes + 1,
+            decoded=state.work.decoded + len(deciding),
             choices=state.work.choices + jnp.sum(deciding, dtype=jnp.int32),
         ),
     )

@@ -143,8 +143,7 @@ class RolloutCollector:
         trajectories, work = jax.device_get(self._everywhere((trajectories, work)))
         rewards = environment.rewards(self._config.reward, asked, trajectories)
         totals = np.array([one.total for one in rewards]).reshape(collect.prompts, collect.group)
-        useful = work.useful(environment.config.slots)
-        return batch, _Attempt(asked, trajectories, rewards, totals, useful, waited)
+        return batch, _Attempt(asked, trajectories, rewards, totals, work.useful, waited)
 
     def _finished(
         self, batch: PolicyBatch, rewards: np.ndarray, params: Params, frozen: Params

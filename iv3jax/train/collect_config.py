@@ -97,8 +97,9 @@ def check_stage(config: "TrainConfig") -> None:
                 f"data.sources: {source.kind} is no synthetic task; rollouts are made of sources of kind "
                 "task:NAME"
             )
-    if config.mesh.context != 1:
-        raise UserError(f"mesh.context {config.mesh.context}: rollouts are not split over it; make it 1")
+    for axis in ("context", "tensor"):
+        if (size := getattr(config.mesh, axis)) != 1:
+            raise UserError(f"mesh.{axis} {size}: rollouts are not split over it; make it 1")
     if config.held_out.every:
         raise UserError("held_out.every: held-out loss is of the supervised stages; set it to 0")
 
