@@ -30,7 +30,9 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
         config.distill = dict(kind="exact", frames=16, room=144)
     else:
         config.steps = 200
+        config.accumulate = 1
         config.collect.update(prompts=64, group=1)
+        config.rollout.slots = 64
         # The teacher is not in the step, only its most likely tokens are.
         config.distill = dict(kind="top_k", top=64, frames=128, room=12288)
     return config

@@ -5,7 +5,8 @@
 
 GSPO with the KL to the model that the run begins with. Published are the method, the rewards' kind and the
 numbers of questions; group, clip, KL weight and learning rate are practice elsewhere. Questions are those of
-the synthetic tasks. The tower is frozen: a rollout looks at videos that were encoded before.
+the synthetic tasks. The tower is frozen: a rollout looks at videos that were encoded before. On 64 chips each
+has one question and eight rollouts of it at a time; four steps learn from them.
 """
 
 import ml_collections
@@ -24,6 +25,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.preset = "internvideo3_8b"
     config.steps = 400
     config.rows = 64
+    config.accumulate = 2
     config.length = 16384
     config.dtype = "bfloat16"
     config.remat = "full"
@@ -31,11 +33,11 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     config.mesh = dict(data=1, fsdp=0, context=1, tensor=1)
     config.optimizer = dict(kind="adamw", learning_rate=1e-6, schedule="cosine", warmup=0.03)
     config.checkpoint = dict(every=20, keep=2)
-    config.collect = dict(prompts=32, group=8, attempts=3, frames=32)
+    config.collect = dict(prompts=64, group=8, attempts=3, frames=32)
     config.rollout = dict(
         steps=8,
         budget=8192,
-        slots=64,
+        slots=512,
         grammar=dict(thought_tokens=128, text_tokens=32, answer_tokens=32, tools=("zoom", "crop", "answer")),
         tools=dict(frames=16),
     )

@@ -53,6 +53,12 @@ def collecting_job(
             f"stage {config.stage!r} looks at videos that were encoded before, but the tower is trained; add "
             "model.visual.* to frozen"
         )
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.collect.prompts % parts:
+        raise UserError(
+            f"collect.prompts {config.collect.prompts} is no multiple of the {parts} devices that share a "
+            "batch (mesh.data x mesh.fsdp)"
+        )
     environment = environment_of(config, model, processor)
     rules = Rules(environment.grammar, environment.config.sampling)
     lesson: Lesson | None = None
