@@ -34,13 +34,15 @@ def choose(config: TrainConfig, questions: int, answers: int = ANSWERS) -> Itera
         answers: of each model to each question.
 
     Raises:
-        UserError: another stage; what `collecting_job` refuses; questions that are chosen already.
+        UserError: another stage; fewer than two answers; what `collecting_job` refuses; questions that are chosen already.
     """
     if config.stage == "supervised":
         raise UserError(
             'questions are chosen for the stages that learn from rollouts, "rl" and "distill"; '
             'this experiment\'s is "supervised"'
         )
+    if answers < 2:
+        raise UserError(f"answers {answers}: one answer is never sometimes right; make it 2 or more")
     if config.collect.questions:
         raise UserError(
             f"collect.questions: {config.collect.questions} has been chosen already; choose among all, with "

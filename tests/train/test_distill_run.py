@@ -102,6 +102,8 @@ def test_questions_are_chosen_and_then_asked_alone(teacher: str, tmp_path: Path)
     assert names <= {0, 1, 2, 3}
     with pytest.raises(UserError, match="has been chosen already"):
         next(choose(asked, 4))
+    with pytest.raises(UserError, match="make it 2 or more"):
+        next(choose(RL, 4, answers=1))
     other = replace(asked, seed=5)
     with pytest.raises(UserError, match="choose anew"):
         run(other, tmp_path / "other")
