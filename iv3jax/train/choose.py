@@ -34,7 +34,8 @@ def choose(config: TrainConfig, questions: int, answers: int = ANSWERS) -> Itera
         answers: of each model to each question.
 
     Raises:
-        UserError: another stage; fewer than two answers; what `collecting_job` refuses; questions that are chosen already.
+        UserError: another stage; fewer than two answers; questions that are chosen already; what
+            `collecting_job` refuses.
     """
     if config.stage == "supervised":
         raise UserError(
