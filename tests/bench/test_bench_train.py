@@ -5,7 +5,7 @@ import pytest
 from iv3jax.bench.train import bench_train, format_table
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_both_libraries_train_the_same_model():
     result = bench_train(rounds=1, steps=1)
     ours, theirs = result["rows"]

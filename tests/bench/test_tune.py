@@ -46,7 +46,7 @@ def test_it_measures_what_was_overridden():
     assert "'rank7'): {'query':" in tune.format_table({"rows": [vars(row)]})
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_every_operation_is_traced_with_sizes_of_the_table():
     """On each chip; nothing is compiled or run."""
     for name, made_for in CHIPS.items():

@@ -240,6 +240,7 @@ def test_rollouts_of_a_group_and_keys_differ() -> None:
     assert len(rows) == 2 * loops.COUNT * loops.GROUP
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_that_are_not_scanned_say_the_same(name: str) -> None:
     """A cache of another layout: prompts are copied into slots just so."""
@@ -261,6 +262,7 @@ def test_a_quantised_cache_is_copied_with_its_scales() -> None:
     loops.same(alone, queued, 1e-3)
 
 
+@pytest.mark.slow
 def test_an_answer_is_always_given_in_time() -> None:
     """Whatever steps and budget are; the smallest budget that is not refused leaves one step at least."""
     own = loops.lab()
@@ -324,6 +326,7 @@ def test_nothing_compiles_after_the_first_call() -> None:
     assert watch.compiles == 0
 
 
+@pytest.mark.slow
 def test_greedy_rollouts_of_a_group_are_the_same() -> None:
     own = loops.lab()
     prompts = loops.prompts_of(own)

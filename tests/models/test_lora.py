@@ -112,7 +112,7 @@ def test_one_layer_by_hand(rows, tokens, weights):
     [
         ("m2la", dict(scan_layers=False)),
         ("gqa", dict(remat="full")),
-        ("converted", dict()),
+        pytest.param("converted", dict(), marks=pytest.mark.slow),
     ],
 )
 def test_values_and_gradients(attention, run):
@@ -139,7 +139,10 @@ def test_values_and_gradients(attention, run):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize(("attention", "scan_layers"), [("m2la", True), ("gqa", False), ("converted", True)])
+@pytest.mark.parametrize(
+    ("attention", "scan_layers"),
+    [("m2la", True), ("gqa", False), pytest.param("converted", True, marks=pytest.mark.slow)],
+)
 def test_over_a_cache(attention, scan_layers):
     """A prompt of 70 tokens, a few and single ones: expanded and absorbed latents."""
     config = config_of(attention)

@@ -89,7 +89,7 @@ def one_device(attention: str, rows: int):
         ("m2la", "context 2, fsdp 2, tensor 2", 4),
         pytest.param("gqa", "fsdp 4, tensor 2", 3, marks=pytest.mark.slow),
         pytest.param("gqa", "context 2, fsdp 2, tensor 2", 4, marks=pytest.mark.slow),
-        ("converted", "context 2, fsdp 2, tensor 2", 4),
+        pytest.param("converted", "context 2, fsdp 2, tensor 2", 4, marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_compute_what_one_does(attention, mesh, rows):
@@ -107,7 +107,10 @@ def test_eight_devices_compute_what_one_does(attention, mesh, rows):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("sizes", [dict(context=4, tensor=2), dict(context=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(dict(context=4, tensor=2), marks=pytest.mark.slow), dict(context=2, fsdp=2, tensor=2)],
+)
 def test_tokens_dealt_in_zigzag_give_the_same_loss_and_gradients(sizes):
     """M²LA with the sequence split over the context axis, packs of several samples, latents exchanged."""
     model, params, batch, ((loss, _), gradients) = one_device("m2la", 4)

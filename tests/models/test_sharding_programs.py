@@ -41,7 +41,10 @@ def test_a_layers_weights_are_gathered_for_it_and_again_for_its_backward_pass():
     assert gathers == {s: 2 * LAYERS * n for s, n in Counter(shapes).items()}
 
 
-@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(data=2, fsdp=4), dict(fsdp=4, context=2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(fsdp=8), pytest.param(dict(data=2, fsdp=4), marks=pytest.mark.slow), dict(fsdp=4, context=2)],
+)
 def test_activations_are_not_summed_up_or_gathered(sizes):
     """Of what has tokens, only ids, segments and latents are gathered. Embeddings change places."""
     _, text = compiled(**sizes)

@@ -149,7 +149,7 @@ def test_training_reads_videos_from_a_store(trained: Path, tmp_path: Path):
         run(replace(config, frozen=(), data=replace(data, features=str(tmp_path / "store"))), tmp_path / "no")
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_the_demo_experiment_runs_and_its_model_loads(tmp_path: Path):
     config = replace(experiment("digits:smoke"), mesh=MeshConfig(data=1))
     folder = run(config, tmp_path)

@@ -77,7 +77,7 @@ def test_packed_rows_give_the_same_step(tiny, reference):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulated_parts_give_the_same_step(tiny, reference, accumulate):
     """8 rows in 2 or 4 parts, whose trained tokens differ in number: the denominator is the whole step's."""
     model, params = tiny
