@@ -228,3 +228,25 @@ def test_the_short_stage_is_pretrainings_program():
     """So the table compiles it once; the long one is another."""
     short, long, cpt = (program_of(experiment(name)) for name in ("sft:short", "sft:long", "cpt"))
     assert short == cpt != long and hash(short) == hash(cpt)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("config", "overrides", "fields"),
+    [
+        ("rl:tiny", [], {"advantages", "reference"}),
+        ("opd:tiny", [], {"teacher", "teacher_index"}),
+        ("opd:tiny", ["distill.kind=top_k"], {"top_ids", "top_logprobs"}),
+        ("opd:tiny", ["distill.kind=sampled"], {"reference"}),
+    ],
+)
+def test_steps_that_learn_from_rollouts(config, overrides, fields):
+    """They trace with what a collector gives, the other model's parameters among the arguments."""
+    step = planned(experiment(config, overrides), make_mesh(jax.devices()[:1]))
+    state, frozen, batch = step.arguments
+    optional = {"advantages", "reference", "teacher", "teacher_index", "top_ids", "top_logprobs"}
+    assert {name for name in optional if getattr(batch, name) is not None} == fields
+    assert "teacher" in frozen
+    after, metrics = jax.eval_shape(step.function, *step.arguments)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert "entropy" in metrics.terms
