@@ -35,7 +35,7 @@ from iv3jax.models.internvideo3 import InternVideo3, init_params
 from iv3jax.models.presets import preset
 from iv3jax.paths import AnyPath
 from iv3jax.train.collect_job import environment_of
-from iv3jax.train.config import TrainConfig, experiment
+from iv3jax.train.config import experiment
 from iv3jax.train.model import model_of
 from iv3jax.typing import Array, Params
 
@@ -60,6 +60,17 @@ class Row:
     useful: float
 
 
+@dataclass(frozen=True)
+class _Lab:
+    """What both loops roll out. group: of each prompt."""
+
+    model: InternVideo3
+    params: Params
+    environment: Environment
+    prompts: Prompts
+    group: int
+
+
 class _Count(NamedTuple):
     tokens: float
     calls: float
@@ -69,7 +80,7 @@ class _Count(NamedTuple):
 def bench_rollout(
     folder: str | None = None, rounds: int = ROUNDS, overrides: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Both loops in turns, `rounds` times each, after one of each that is not counted.
+    """Both loops in turns, `rounds` times each, after the same rounds once without counting.
 
     Args:
         folder: a model of the tiny shape; None takes random weights, which call every tool.
@@ -87,23 +98,21 @@ def bench_rollout(
     environment = environment_of(config, model, Processor.from_dir(place, model.config))
     asked = environment.asked(0, config.collect.prompts)
     prompts = environment.prompts(params, asked)
+    lab = _Lab(model, params, environment, prompts, config.collect.group)
     loops = {
-        "compiled loop": partial(_compiled, config, model, params, environment, prompts),
-        "host loop, conversation fed at every turn": partial(
-            _hosted, config, model, params, environment, prompts
-        ),
+        "compiled loop": partial(_compiled, lab),
+        "host loop, conversation fed at every turn": partial(_hosted, lab),
     }
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     counts: dict[str, list[_Count]] = {name: [] for name in loops}
-    # The random numbers of the first round too, so that it compiles every shape that the host loop meets.
-    for number in (-1, *range(rounds)):
+    keys = [jax.random.key(i) for i in range(rounds)]
+    # With all of the keys, so that every shape that the host loop meets is compiled.
+    for run in loops.values():
+        for key in keys:
+            run(key)
+    for number, key in enumerate(keys):
         turns = list(loops.items())
         for name, run in turns if number % 2 else reversed(turns):
-            key = jax.random.key(max(number, 0))
-            if number < 0:
-                for i in range(rounds):
-                    run(jax.random.key(i))
-                continue
             begun = time.perf_counter()
             counts[name].append(run(key))
             seconds[name].append(time.perf_counter() - begun)
@@ -126,16 +135,10 @@ def bench_rollout(
     }
 
 
-def _compiled(
-    config: TrainConfig,
-    model: InternVideo3,
-    params: Params,
-    environment: Environment,
-    prompts: Prompts,
-    key: Array,
-) -> _Count:
+def _compiled(lab: _Lab, key: Array) -> _Count:
+    environment = lab.environment
     given = (environment.config, environment.grammar, environment.words)
-    found, work = jax.device_get(rollout(model, params, prompts, *given, key, config.collect.group))
+    found, work = jax.device_get(rollout(lab.model, lab.params, lab.prompts, *given, key, lab.group))
     return _Count(
         float((found.kinds > PROMPT).sum(axis=1).mean()),
         float((found.calls.tools >= 0).sum(axis=1).mean()),
@@ -161,16 +164,10 @@ class _Conversation:
         self.visual = np.concatenate([self.visual, visual])
 
 
-def _hosted(
-    config: TrainConfig,
-    model: InternVideo3,
-    params: Params,
-    environment: Environment,
-    prompts: Prompts,
-    key: Array,
-) -> _Count:
+def _hosted(lab: _Lab, key: Array) -> _Count:
     """As many rollouts as slots at a time, turn by turn, until each of them has answered."""
-    spend, group = environment.config, config.collect.group
+    model, environment, prompts, group = lab.model, lab.environment, lab.prompts, lab.group
+    spend = environment.config
     loop = prepare(model, prompts, spend, environment.grammar, environment.words, group)
     _, tokens, segment_ids, positions, visual = jax.device_get(prompts[:-1])
     talks = []
@@ -191,9 +188,8 @@ def _hosted(
             need = loop.lengths.step + loop.lengths.observation + loop.lengths.answer
             last = (left < need) | (step == spend.steps - 1)
             real = np.arange(rows) < len(active)
-            given = Given(
-                params, asked, environment.grammar, environment.words, jax.random.fold_in(key, step)
-            )
+            step_key = jax.random.fold_in(key, step)
+            given = Given(lab.params, asked, environment.grammar, environment.words, step_key)
             size = Loop(model, replace(spend, slots=rows, budget=loop.lengths.step), loop.lengths, 1)
             record, length, position, tool, heard, memory, work = jax.device_get(
                 _turn(size, given, last, real, jnp.int32(step), memory)

@@ -34,7 +34,7 @@ def choose(config: TrainConfig, questions: int, answers: int = ANSWERS) -> Itera
         answers: of each model to each question.
 
     Raises:
-        UserError: another stage; fewer than two answers; questions that are chosen already; what
+        UserError: another stage; no question; fewer than two answers; questions that are chosen already; what
             `collecting_job` refuses.
     """
     if config.stage == "supervised":
@@ -42,6 +42,8 @@ def choose(config: TrainConfig, questions: int, answers: int = ANSWERS) -> Itera
             'questions are chosen for the stages that learn from rollouts, "rl" and "distill"; '
             'this experiment\'s is "supervised"'
         )
+    if questions < 1:
+        raise UserError(f"questions {questions}: must be at least 1")
     if answers < 2:
         raise UserError(f"answers {answers}: one answer is never sometimes right; make it 2 or more")
     if config.collect.questions:

@@ -65,7 +65,9 @@ def collecting_job(
     if config.stage == "distill":
         objective, beside, lesson = _distilling(config, model, processor, environment, rules, mesh)
     else:
-        objective, beside = _reinforcing(config, model, rules)
+        objective, other = reinforcing(config, model, rules)
+        # The reference is the model as the run began; what is frozen is shared with it.
+        beside = None if other is None else _same
 
     def opened(_: np.ndarray | None, group: int, groups: int) -> RolloutCollector:
         lanes = config.rows * config.accumulate // groups
@@ -96,11 +98,13 @@ def environment_of(config: TrainConfig, model: InternVideo3, processor: Processo
     return environment
 
 
-def _reinforcing(config: TrainConfig, model: InternVideo3, rules: Rules) -> tuple[Objective, Beside]:
-    # The reference is the model as the run began; what is frozen is shared with it.
+def reinforcing(
+    config: TrainConfig, model: InternVideo3, rules: Rules
+) -> tuple[Objective, InternVideo3 | None]:
+    """The objective of stage "rl", and the reference beside the policy, if it has one."""
     if config.rl.kl == "none":
         return reinforcement(model, config.rl, rules), None
-    return reinforcement(model, config.rl, rules, Teacher(model)), lambda whole: whole
+    return reinforcement(model, config.rl, rules, Teacher(model)), model
 
 
 def _distilling(
@@ -144,13 +148,18 @@ def _loaded(
 ) -> tuple[InternVideo3, Callable[[Params], Params]]:
     """Another model, in the dtype of computing, and what reads its parameters."""
     source = config.distill.teacher
-    folder = shape_folder(source)
-    shape = ModelConfig.from_file(folder)
-    if not Tokenizer.from_dir(folder, shape).same_vocabulary(processor.tokenizer):
+    other = named_teacher(config)
+    if not Tokenizer.from_dir(shape_folder(source), other.config).same_vocabulary(processor.tokenizer):
         raise UserError(
             f"distill.teacher: {source} has another vocabulary than the student; its log-probabilities would "
             "be of other tokens"
         )
+    how = other.run
+    return other, lambda _: load(source, dtype=how.param_dtype, mesh=mesh, run=how).params
+
+
+def named_teacher(config: TrainConfig) -> InternVideo3:
+    """The model that `distill.teacher` names, in the dtype of computing, without its parameters."""
     compute = jnp.dtype(config.dtype).type
-    how = Execution(compute, compute, config.remat)
-    return InternVideo3(shape, how), lambda _: load(source, dtype=compute, mesh=mesh, run=how).params
+    shape = ModelConfig.from_file(shape_folder(config.distill.teacher))
+    return InternVideo3(shape, Execution(compute, compute, config.remat))

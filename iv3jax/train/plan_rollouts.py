@@ -1,6 +1,6 @@
 """What the plan compiles for a stage that learns from rollouts: its learning step, as shapes.
 
-The rollouts themselves are not in it: they run as a program of their own, on one device so far.
+The rollouts themselves are not in it: they are a program of their own.
 """
 
 from functools import partial
@@ -16,16 +16,14 @@ from iv3jax.data.tokenizer import TINY_FOLDER, Tokenizer
 from iv3jax.errors import UserError
 from iv3jax.mcr.grammar import build
 from iv3jax.models.batch import Batch
-from iv3jax.models.config import ModelConfig
 from iv3jax.models.internvideo3 import InternVideo3, boxed_params
-from iv3jax.models.layers import Execution
 from iv3jax.sharding import param_shardings, partition_spec, unbox
+from iv3jax.train.collect_job import named_teacher, reinforcing
 from iv3jax.train.config import TrainConfig
 from iv3jax.train.distill import Teacher, distillation
 from iv3jax.train.objective import Objective
 from iv3jax.train.policy import Rules
 from iv3jax.train.policy_batch import PolicyBatch, each_field
-from iv3jax.train.rl import reinforcement
 
 
 def rollout_objective(config: TrainConfig, model: InternVideo3) -> tuple[Objective, InternVideo3 | None]:
@@ -42,14 +40,8 @@ def rollout_objective(config: TrainConfig, model: InternVideo3) -> tuple[Objecti
     grammar = build(config.rollout.grammar, tokenizer, model.config.text_config.vocab_size)
     rules = Rules(grammar, config.rollout.sampling)
     if config.stage == "rl":
-        if config.rl.kl == "none":
-            return reinforcement(model, config.rl, rules), None
-        return reinforcement(model, config.rl, rules, Teacher(model)), model
-    other = model
-    if config.distill.teacher:
-        compute = jnp.dtype(config.dtype).type
-        shape = ModelConfig.from_file(shape_folder(config.distill.teacher))
-        other = InternVideo3(shape, Execution(compute, compute, config.remat))
+        return reinforcing(config, model, rules)
+    other = named_teacher(config) if config.distill.teacher else model
     return distillation(model, config.distill, rules, Teacher(other)), other
 
 
