@@ -11,6 +11,8 @@ has one question and eight rollouts of it at a time; four steps learn from them.
 
 import ml_collections
 
+TINY = ("seconds=96", "shown=1")
+
 REWARD = dict(iou=1.0, exact=1.0, format=0.1, evidence=0.2, step=0.01)
 
 
@@ -65,15 +67,20 @@ def _tiny() -> ml_collections.ConfigDict:
     config.frozen = ("model.visual.*",)
     config.mesh = dict(data=0)
     config.optimizer = dict(kind="adamw", learning_rate=1e-4, schedule="cosine", warmup=0.03)
-    config.collect = dict(prompts=16, group=8, attempts=2, frames=8)
+    config.collect = dict(prompts=16, group=8, attempts=2, frames=4)
     config.rollout = dict(
-        steps=4,
-        budget=176,
+        steps=5,
+        budget=256,
         slots=64,
         grammar=dict(thought_tokens=8, text_tokens=4, answer_tokens=4, tools=("zoom", "answer")),
         tools=dict(frames=4),
     )
     config.reward = dict(weights=REWARD)
     config.traces = dict(every=20)
-    config.data = dict(sources=(dict(kind="task:chase", options=("seconds=16", "shown=2", "chains=2")),))
+    config.data = dict(
+        sources=(
+            dict(kind="task:chase", name="chase1", options=TINY),
+            dict(kind="task:chase", name="chase2", options=("hops=2", *TINY)),
+        )
+    )
     return config

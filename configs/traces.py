@@ -46,20 +46,23 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
 
 
 def _tiny() -> ml_collections.ConfigDict:
+    """Reading stays in the mixture, or it is lost; one look at a time comes before chains of them."""
     config = ml_collections.ConfigDict()
     config.preset = "tiny"
-    config.steps = 600
+    config.steps = 800
     config.rows = 8
     config.length = 320
     config.chunks = 24
     config.reduction = "square"
     config.mesh = dict(data=0)
     config.optimizer = dict(learning_rate=0.01, adam_learning_rate=0.003)
+    shown = ("seconds=96", "shown=1", "overview=4", "zoom=4")
     config.data = dict(
         sources=(
-            dict(kind="task:read", weight=1.0),
-            dict(kind="trace:at", weight=1.0, options=("seconds=10,16", "shown=1.5,3.5")),
-            dict(kind="trace:chase", weight=2.0, options=("seconds=16", "shown=2", "chains=2")),
+            dict(kind="task:read", weight=2.0),
+            dict(kind="trace:at", weight=1.0, options=shown),
+            dict(kind="trace:chase", weight=1.0, name="chase1", options=shown),
+            dict(kind="trace:chase", weight=1.0, name="chase2", options=("hops=2", *shown)),
         ),
         add_vision_id=False,
     )

@@ -18,6 +18,7 @@ NAMES = (
     "train",
     "stages",
     "rollout",
+    "tasks",
 )
 
 
@@ -29,7 +30,9 @@ def add(command: Command) -> None:
         "--model", help="model folder (default: what launch/demo.sh trained; conversion trains its own)"
     )
     sub.add_argument(
-        "--samples", type=int, help="held-out videos per row (default: 500 for digits, else 100)"
+        "--samples",
+        type=int,
+        help="held-out videos per row (default: 500 for digits, 1000 for tasks, else 100)",
     )
     sub.add_argument("--seed", type=int, default=1, help="which held-out videos (default 1)")
     sub.add_argument("--layers", type=int, default=4, help="export: decoder layers (default 4)")
@@ -38,6 +41,7 @@ def add(command: Command) -> None:
         help="conversion: text (real weights) or video (tiny model); default both. stages: whole leaves out "
         "the rows without a stage",
     )
+    sub.add_argument("--row", help="tasks: only this one (chase1, chase2)")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -51,6 +55,7 @@ def _bench(args: argparse.Namespace) -> int:
         kernels,
         rollout,
         stages,
+        tasks,
         train,
         tune,
         weights,
@@ -75,6 +80,10 @@ def _bench(args: argparse.Namespace) -> int:
             lambda: stages.bench_stages(args.model, videos(100), args.seed, part=args.part),
         ),
         "rollout": (rollout, lambda: rollout.bench_rollout(args.model)),
+        "tasks": (
+            tasks,
+            lambda: tasks.bench_tasks(load_model(args.model), videos(1000), args.seed, args.row),
+        ),
         "export": (export, lambda: export.bench_export(args.layers)),
         "conversion": (
             conversion,

@@ -100,6 +100,7 @@ class Environment:
         length: int,
         seed: int,
         only: Sequence[Chosen] = (),
+        zeroed: bool = False,
     ) -> None:
         """Opens the sources.
 
@@ -109,6 +110,7 @@ class Environment:
             length: tokens of a prompt.
             seed: of the order of the questions.
             only: the questions to ask, over and over; none: all.
+            zeroed: ask about videos in which nothing can be read (`Episode.zeroed`), as a control.
 
         Raises:
             UserError: a source that is no task, or cannot be opened; a model without a tower; questions of
@@ -137,6 +139,7 @@ class Environment:
                     "data.sources and this seed"
                 )
         self._only = tuple(one.number for one in only)
+        self._zeroed = zeroed
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -185,6 +188,7 @@ class Environment:
             task = self._tasks[source]
             key = (task.view.seed, get_args(Split).index(task.view.split), record, _QUESTION)
             episode, about = task.task.make(np.random.default_rng(key), task.view.split)
+            episode = replace(episode, zeroed=self._zeroed)
             names.append(name)
             questions.append(about[0])
             scenes.append(episode_scene(episode))

@@ -67,7 +67,7 @@ def test_answers_are_right_or_as_good_as_the_frames(name: str):
     scores = []
     for index in range(12):
         split_key = np.random.default_rng([0, 0, index, 2])
-        _, question = source._draw(split_key, 1000)
+        _, question = source.draw(split_key)
         scores.append(score(question, answer_of(source[index])))
         # The script sees what it says: each piece of evidence has a frame that was shown.
         times = np.concatenate(
@@ -99,7 +99,7 @@ def test_a_zoom_shows_what_the_loop_shows():
         )[0]
     )
     for index in range(3):
-        episode, _ = source._draw(np.random.default_rng([0, 0, index, 2]), 1000)
+        episode, _ = source.draw(np.random.default_rng([0, 0, index, 2]))
         scene = episode_scene(episode)
         np.testing.assert_allclose(patch_times(episode), scene.times, atol=0.051)
         world = world_of([scene], jnp.zeros((1, 64, 1, 2, 8)), size, PROCESSOR.tokenizer, table)

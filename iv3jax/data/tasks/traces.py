@@ -5,6 +5,7 @@ grammar has them, a thought on one line and one call, each with what the call sh
 Only the assistant's turns are trained on, as in any conversation.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -70,7 +71,7 @@ class TraceSource:
                 f"{name}: there is no script for this task; there are read, at, when, chase, ground"
             )
         self._name, self.task, self.script = name, task, script
-        self._draw(np.random.default_rng(0), _TRIES)
+        self.draw(np.random.default_rng(0), _TRIES)
 
     def __len__(self) -> int:
         return self.script.count
@@ -80,13 +81,18 @@ class TraceSource:
             raise IndexError(f"{self._name} has {self.script.count} traces, there is no {index}")
         split = get_args(Split).index(self.script.split)
         rng = np.random.default_rng([self.script.seed, split, index, _TRACE])
-        return Record(self.name(index), self._messages(rng, *self._draw(rng, 100 * _TRIES)))
+        return Record(self.name(index), self._messages(rng, *self.draw(rng)))
 
     def name(self, index: int) -> str:
         """`trace:TASK/SPLIT:NUMBER`."""
         return f"{self._name}/{self.script.split}:{index}"
 
-    def _draw(self, rng: np.random.Generator, tries: int) -> tuple[Episode, Question]:
+    def draw(self, rng: np.random.Generator, tries: int = 100 * _TRIES) -> tuple[Episode, Question]:
+        """An episode of the split and a question about it that can be answered by looking.
+
+        Raises:
+            UserError: none is found in so many tries.
+        """
         for _ in range(tries):
             episode, (question, *_) = self.task.make(rng, self.script.split)
             # Where something is shown can be known from the question, or else from the overview.
@@ -111,7 +117,7 @@ class TraceSource:
         messages = [_user(self._video(episode, overview), {"type": "text", "text": question.text})]
         shown = [overview]
         thought = ""
-        for window, read in self._looks(rng, episode, question):
+        for window, read in self.looks(rng, episode, question):
             messages.append(_assistant(thought, f"zoom {window[0]:.1f} {window[1]:.1f}"))
             patches = zoomed(patch_times(episode), window, self.script.zoom)
             messages.append(_user(self._video(episode, patches)))
@@ -124,15 +130,16 @@ class TraceSource:
         messages.append(_assistant(thought, f"answer {answer}"))
         return messages
 
-    def _looks(
-        self, rng: np.random.Generator, episode: Episode, question: Question
-    ) -> list[tuple[Span, str]]:
-        """The windows that are zoomed into, one after the other, and what is thought of each."""
+    def looks(self, rng: np.random.Generator, episode: Episode, question: Question) -> list[tuple[Span, str]]:
+        """The windows that are zoomed into, one after the other, and what is thought of each.
+
+        For a task that must find its evidence in the overview, the overview must show it.
+        """
         if isinstance(self.task, Read):
             return []
         if isinstance(self.task, Ground):
             at = self._found(episode, question)
-            assert at is not None, "such questions are not drawn"
+            assert at is not None, "the caller's business"
             reach = self.script.half + self.task.shown[1] * rng.uniform(0.75, 1.0)
             return [(_window(at, reach, episode.duration), "")]
         looks, at = [], parse_times(question.text)[0]
@@ -141,6 +148,12 @@ class TraceSource:
             looks.append((_window(at, self.script.half, episode.duration), f"{number}"))
             at = float(number)
         return looks
+
+    def times(self, episode: Episode, windows: Sequence[Span]) -> np.ndarray:
+        """(n,) seconds, in order: the frames that the overview and zooms into these windows show."""
+        dense = patch_times(episode)
+        shown = [zoomed(dense, window, self.script.zoom) for window in windows]
+        return self._frame_times(episode, np.unique(np.concatenate([self._overview(episode), *shown])))
 
     def _overview(self, episode: Episode) -> np.ndarray:
         return spread(len(patch_times(episode)), self.script.overview)

@@ -1,0 +1,191 @@
+"""`iv3 bench tasks`: the synthetic long-video tasks, looked at step by step beside looked at once.
+
+Every column has as many tokens: those that the loop spends on a question, all counted equal (visual, thought,
+call), are what a single look at the whole video may spend. Each stands beside its control, the same videos
+with the numbers' pixels zeroed, and beside what perfect eyes could read with fewer or other looks.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from iv3jax.bench.digits import answers
+from iv3jax.bench.table import as_text
+from iv3jax.checkpoint.load import LoadedModel
+from iv3jax.data.config import SourceConfig
+from iv3jax.data.processor import Processor
+from iv3jax.data.tasks import TASKS, TRACES
+from iv3jax.data.tasks.judge import score
+from iv3jax.data.tasks.look_baselines import LookBaselines, look_baselines
+from iv3jax.data.tasks.source import TaskSource
+from iv3jax.data.tasks.traces import TraceSource
+from iv3jax.errors import UserError
+from iv3jax.generate.sampling import Sampling
+from iv3jax.mcr.environment import Environment
+from iv3jax.mcr.rewards import RewardConfig
+from iv3jax.mcr.trajectories import Trajectories
+from iv3jax.train.config import TrainConfig, experiment
+
+EXPERIMENT = "rl:tiny"
+"""Whose tasks, overview, tools and budget are taken."""
+
+BATCH = 100
+
+
+@dataclass(frozen=True)
+class Row:
+    """A task.
+
+    Attributes:
+        loop, low, high: mean score of the closed loop, and its 95 % interval.
+        control: the loop's on zeroed videos.
+        once: of the same model asked once, about `frames` frames of the whole video.
+        ceiling: of perfect eyes that look once at so many.
+        tokens: of a rollout with its prompt, mean. calls: of a rollout, mean.
+        frames: the most for which a question asked once has no more tokens than that.
+        eyes: of perfect eyes with other looks.
+    """
+
+    name: str
+    loop: float
+    low: float
+    high: float
+    control: float
+    once: float
+    ceiling: float
+    tokens: float
+    calls: float
+    frames: int
+    eyes: LookBaselines
+
+
+def bench_tasks(
+    model: LoadedModel, videos: int = 1000, seed: int = 1, row: str | None = None
+) -> dict[str, Any]:
+    """Asks `videos` held-out questions of each task; the same ones for the same seed.
+
+    Args:
+        row: the only task to ask about, by its name in the experiment.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    config = experiment(EXPERIMENT)
+    names = [source.name for source in config.data.sources]
+    if row is not None and row not in names:
+        raise UserError(f"--row {row}: there are {', '.join(names)}")
+    chosen = [source for source in config.data.sources if row in (None, source.name)]
+    rows = [_row(model, config, source, videos, seed) for source in chosen]
+    return {"experiment": EXPERIMENT, "videos": videos, "seed": seed, "rows": [asdict(row) for row in rows]}
+
+
+def _row(model: LoadedModel, config: TrainConfig, asked: SourceConfig, videos: int, seed: int) -> Row:
+    scores, tokens, calls = looped(model, config, asked, videos, seed)
+    control, _, _ = looped(model, config, asked, videos, seed, zeroed=True)
+    frames = most_frames(model.processor, asked, float(tokens.mean()), seed)
+    source = _once(asked, frames, videos, seed)
+    cases = [source.case(i) for i in range(videos)]
+    texts = answers(model, (case.messages(answered=False) for case in cases))
+    once = [score(case.questions[0], text) for case, text in zip(cases, texts, strict=True)]
+    half = 1.96 * float(scores.std(ddof=1)) / math.sqrt(videos)
+    mean = float(scores.mean())
+    return Row(
+        asked.name or asked.kind,
+        mean,
+        max(mean - half, 0.0),
+        min(mean + half, 1.0),
+        float(control.mean()),
+        float(np.mean(once)),
+        source.task.ceiling(frames),
+        float(tokens.mean()),
+        float(calls.mean()),
+        frames,
+        look_baselines(_script(config, asked), seed=seed),
+    )
+
+
+def looped(
+    model: LoadedModel,
+    config: TrainConfig,
+    asked: SourceConfig,
+    videos: int,
+    seed: int,
+    zeroed: bool = False,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores, tokens and calls (videos,) of greedy rollouts about held-out videos of one task."""
+    held_out = replace(asked, options=(*asked.options, "split=test", f"seed={seed}", f"count={videos}"))
+    count = min(BATCH, videos)
+    environment = Environment(
+        replace(config.data, sources=(held_out,)),
+        model.model,
+        model.processor,
+        replace(config.rollout, slots=count, sampling=Sampling()),
+        frames=config.collect.frames,
+        length=config.length - config.rollout.budget,
+        seed=seed,
+        zeroed=zeroed,
+    )
+    scores, tokens, calls = [], [], []
+    for first in range(0, videos, count):
+        questions = environment.asked(first, count)
+        found: Trajectories = jax.device_get(
+            environment.roll(model.params, questions, jax.random.key(seed), group=1).trajectories
+        )
+        rewards = environment.rewards(RewardConfig(), questions, found)
+        scores += [max(one.parts["exact"], one.parts["iou"]) for one in rewards]
+        tokens += found.length.tolist()
+        calls += (found.calls.tools >= 0).sum(axis=1).tolist()
+    return np.array(scores[:videos]), np.array(tokens[:videos]), np.array(calls[:videos])
+
+
+def most_frames(processor: Processor, asked: SourceConfig, tokens: float, seed: int) -> int:
+    """The most frames for which a question and its answer, asked once, have no more tokens."""
+    frames = 4
+    while len(processor(_once(asked, frames + 2, 1, seed).case(0).messages())) <= tokens:
+        frames += 2
+    return frames
+
+
+def _once(asked: SourceConfig, frames: int, count: int, seed: int) -> TaskSource:
+    name = asked.kind.removeprefix("task:")
+    return TASKS[name]((*asked.options, f"frames={frames}", "split=test", f"seed={seed}", f"count={count}"))
+
+
+def _script(config: TrainConfig, asked: SourceConfig) -> TraceSource:
+    """The task's scripted looks, with the loop's overview and zooms."""
+    shown = (f"overview={config.collect.frames}", f"zoom={config.rollout.tools.frames}")
+    name = asked.kind.removeprefix("task:")
+    return TRACES[name]((*asked.options, *shown, "split=test"))
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """The rows as a table for people."""
+    table = Table(
+        title=f"{result['videos']} held-out videos a task, exact match",
+        caption="once: one look at the whole video with as many tokens. zeroed: the loop where nothing can "
+        "be read. Perfect eyes: once; after the overview and one look where the question points; after as "
+        "many looks at random; after looks at the evidence",
+    )
+    table.add_column("task")
+    heads = ("loop", "95 %", "zeroed", "once", "tokens", "calls", "frames")
+    for head in (*heads, "eyes: blind", "once", "one look", "random", "oracle"):
+        table.add_column(head, justify="right")
+    for row in result["rows"]:
+        eyes = row["eyes"]
+        shown = (eyes["blind"], row["ceiling"], eyes["one_look"], eyes["at_random"], eyes["oracle"])
+        table.add_row(
+            row["name"],
+            f"{row['loop']:.3f}",
+            f"{row['low']:.3f}–{row['high']:.3f}",
+            f"{row['control']:.3f}",
+            f"{row['once']:.3f}",
+            f"{row['tokens']:.0f}",
+            f"{row['calls']:.2f}",
+            str(row["frames"]),
+            *(f"{value:.3f}" for value in shown),
+        )
+    return as_text(table, 140)
