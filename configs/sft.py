@@ -2,9 +2,9 @@
 
     iv3 train --config sft:short --out runs/short init=runs/cpt       packs of 65 536 tokens, 128 of them
     iv3 train --config sft:long --out runs/long init=runs/short       packs of 262 144 tokens, 8 of them
-    iv3 plan --config sft:long --topology v5p-128                     whether it fits, before it costs
-    anything iv3 train --config sft:tiny_short --out runs/s                    the same stages on a CPU,
-    minutes iv3 train --config sft:tiny_long --out runs/l init=runs/s
+    iv3 plan --config sft:long --topology v5p-128     whether it fits, before it costs anything
+    iv3 train --config sft:tiny_short --out runs/s                    the same stages on a CPU, minutes
+    iv3 train --config sft:tiny_long --out runs/l init=runs/s
 
 The long stage has fewer rows than chips: `fsdp` splits its 8 packs and `context` takes what is left, 8 chips
 a pack on 64, where the authors had 4. Its videos have up to 2048 frames, at 4 a second, and four times the
@@ -77,11 +77,11 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
 
 
 def _tiny(long: bool) -> ml_collections.ConfigDict:
-    """The short stage's rows are as pretraining's, the long one's eight times as long."""
+    """The short stage's rows are as pretraining's, the long one's row is eight times as long."""
     config = ml_collections.ConfigDict()
     config.preset = "tiny"
-    config.steps = 400
-    config.rows = 2 if long else 8
+    config.steps = 150 if long else 400
+    config.rows = 1 if long else 8
     config.length = 1920 if long else 240
     config.chunks = 160 if long else 20
     config.reduction = "square"

@@ -11,7 +11,9 @@ from iv3jax.cli.source import load_model
 from iv3jax.errors import UserError
 
 if TYPE_CHECKING:
+    from iv3jax.checkpoint.load import LoadedModel
     from iv3jax.generate.ask import Answer
+    from iv3jax.generate.sampling import Sampling
 
 _FILES = "texts (.txt, .md), conversations (.jsonl), pictures and videos like those the model is for"
 
@@ -37,6 +39,12 @@ def add(command: Command) -> None:
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--top-k", type=int, default=0)
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--loop",
+        metavar="EXPERIMENT",
+        help="look again with tools until there is an answer, and print the steps; tools, overview and "
+        "budget are the experiment's, for example rl",
+    )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("export", _export, "Write a model as a folder that transformers and iv3 load.")
@@ -105,6 +113,8 @@ def _ask(args: argparse.Namespace) -> int:
     if args.cache_dtype not in (None, *CACHE_DTYPES):
         raise UserError(f"--cache-dtype {args.cache_dtype} is not one of {', '.join(CACHE_DTYPES)}")
     model = load_model(args.model, args.random_weights, args.weights)
+    if args.loop:
+        return _reason(args, model, sampling)
     answer = ask(
         model,
         args.video,
@@ -121,6 +131,26 @@ def _ask(args: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(answer)))
     else:
         print(f"\n\n{_report(answer)}")
+    return 0
+
+
+def _reason(args: argparse.Namespace, model: "LoadedModel", sampling: "Sampling") -> int:
+    from iv3jax.data.tasks.episode import DENSE_FPS
+    from iv3jax.mcr.trace import show
+    from iv3jax.mcr.video import reason
+    from iv3jax.train.config import experiment
+
+    config = experiment(args.loop)
+    trace = reason(
+        model,
+        args.video,
+        args.question,
+        dataclasses.replace(config.rollout, sampling=sampling, cache_dtype=args.cache_dtype),
+        frames=config.collect.frames,
+        fps=args.fps or DENSE_FPS,
+        seed=args.seed,
+    )
+    print(json.dumps(trace) if args.json else show(trace))
     return 0
 
 

@@ -31,6 +31,7 @@ class Episode:
         events: in order of time, not overlapping. A number above 99 is drawn with three digits.
         split: whose clips and handwriting are used.
         look: seed of the clip, its offset, side and brightness, and of the handwriting.
+        varied: how much each digit differs from the one that was written, see `digits.number_image`.
         zeroed: blacken the panel in every frame: the control from which nothing can be read.
     """
 
@@ -38,6 +39,7 @@ class Episode:
     events: tuple[Event, ...]
     split: Split
     look: int
+    varied: float = 0.0
     zeroed: bool = False
 
     def frames(self, times: np.ndarray) -> np.ndarray:
@@ -53,7 +55,8 @@ class Episode:
         for number, event in enumerate(self.events):
             shown = np.flatnonzero((times >= event.start) & (times < event.end))
             if len(shown):
-                image = panel(np.random.default_rng([self.look, 1 + number]), event.number, self.split)
+                rng = np.random.default_rng([self.look, 1 + number])
+                image = panel(rng, event.number, self.split, self.varied)
                 for i in shown:
                     frames[i] = draw(frames[i], image)
         if self.zeroed:
@@ -66,14 +69,14 @@ class Episode:
         return first < last
 
 
-def panel(rng: np.random.Generator, number: int, split: Split) -> np.ndarray:
+def panel(rng: np.random.Generator, number: int, split: Split, varied: float = 0.0) -> np.ndarray:
     """(SIDE / 2, SIDE) float32 in [0, 1]: a number of two or three handwritten digits."""
     height = SIDE // 2
     if number < 100:
-        return number_image(rng, number, split, height, SIDE)
+        return number_image(rng, number, split, height, SIDE, varied)
     width = SIDE // 3
-    ten = number_image(rng, number // 10, split, height, 2 * width)
-    unit = number_image(rng, number % 10, split, height, 2 * width)[:, width:]
+    ten = number_image(rng, number // 10, split, height, 2 * width, varied)
+    unit = number_image(rng, number % 10, split, height, 2 * width, varied)[:, width:]
     return np.pad(np.concatenate([ten, unit], axis=1), ((0, 0), (0, SIDE - 3 * width)))
 
 

@@ -5,7 +5,7 @@ The tasks are in files of their own; a view of an episode as a training sample i
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -46,10 +46,12 @@ class Task(ABC):
     Attributes:
         seconds: shortest and longest video; durations are whole seconds, all as likely.
         shown: shortest and longest time that something is shown, in seconds.
+        varied: how much handwriting is varied at random, in the training split only; 0: not at all.
     """
 
     seconds: tuple[float, float]
     shown: tuple[float, float]
+    varied: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         (low, high), (short, long) = self.seconds, self.shown
@@ -57,6 +59,8 @@ class Task(ABC):
             raise UserError(f"seconds: {low:g},{high:g} must be whole numbers, in order, from 1 to 999")
         if not 1 <= short <= long:
             raise UserError(f"shown: {short:g},{long:g} must be at least 1, in order")
+        if self.varied < 0:
+            raise UserError(f"varied: {self.varied:g} must be 0 or more")
         least = self.cells * (short + EVENT_GAP)
         if self.cells < 1 or low < least:
             raise UserError(
@@ -98,7 +102,8 @@ class Task(ABC):
         numbers, questions = self.ask(rng, duration, spans)
         events = tuple(Event(n, start, end) for n, (start, end) in zip(numbers, spans, strict=True))
         rng.shuffle(questions)
-        return Episode(duration, events, split, int(rng.integers(2**62))), tuple(questions)
+        varied = self.varied if split == "train" else 0.0
+        return Episode(duration, events, split, int(rng.integers(2**62)), varied), tuple(questions)
 
     def spans(self, rng: np.random.Generator, duration: float) -> tuple[Span, ...]:
         """When something is shown, one span for each cell."""

@@ -41,6 +41,8 @@ class Script:
         overview: temporal patches that the prompt shows, `collect.frames` of a stage that goes on from here.
         zoom: temporal patches that a zoom shows at most, its `rollout.tools.frames`.
         half: seconds before and after a time that is zoomed to.
+        looks: zooms at most; the answer is the right one even where it was not looked for, so with 0 a model
+            learns to guess at once.
     """
 
     split: Split = "train"
@@ -49,11 +51,19 @@ class Script:
     overview: int = 8
     zoom: int = 4
     half: float = 1.0
+    looks: int = 12
 
     def __post_init__(self) -> None:
         if self.split not in get_args(Split):
             raise UserError(f"split: {self.split!r} is not one of {', '.join(get_args(Split))}")
-        for key, least in (("count", 1), ("seed", 0), ("overview", 1), ("zoom", 1), ("half", 0.5)):
+        for key, least in (
+            ("count", 1),
+            ("seed", 0),
+            ("overview", 1),
+            ("zoom", 1),
+            ("half", 0.5),
+            ("looks", 0),
+        ):
             if getattr(self, key) < least:
                 raise UserError(f"{key}: {getattr(self, key)} must be {least} or more")
 
@@ -117,7 +127,7 @@ class TraceSource:
         messages = [_user(self._video(episode, overview), {"type": "text", "text": question.text})]
         shown = [overview]
         thought = ""
-        for window, read in self.looks(rng, episode, question):
+        for window, read in self.looks(rng, episode, question)[: self.script.looks]:
             messages.append(_assistant(thought, f"zoom {window[0]:.1f} {window[1]:.1f}"))
             patches = zoomed(patch_times(episode), window, self.script.zoom)
             messages.append(_user(self._video(episode, patches)))
