@@ -63,14 +63,14 @@ def _tiny() -> ml_collections.ConfigDict:
     config.preset = "tiny"
     config.steps = 120
     config.rows = 32
-    config.length = 272
+    config.length = 320
     config.frozen = ("model.visual.*",)
     config.mesh = dict(data=0)
     config.optimizer = dict(kind="adamw", learning_rate=1e-4, schedule="cosine", warmup=0.03)
     config.collect = dict(prompts=16, group=8, attempts=2, frames=2)
     config.rollout = dict(
         steps=5,
-        budget=208,
+        budget=256,
         slots=64,
         grammar=dict(thought_tokens=8, text_tokens=4, answer_tokens=4, tools=("zoom", "answer")),
         tools=dict(frames=3),

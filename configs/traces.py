@@ -2,7 +2,7 @@
 
     iv3 train --config traces --out runs/traces init=runs/long
     iv3 train --config traces:tiny --out runs/traces-tiny init=runs/s     the same on a CPU, minutes
-    iv3 train --config traces:tiny_rare --out runs/rare init=runs/s       one that can look but seldom does
+    iv3 train --config traces:tiny_rare --out runs/rare init=runs/traces-tiny     unlearns to look, for RL
 
 A trace is an ordinary conversation; `configs/rl.py` goes on from here with the same overview and zooms. No
 numbers stand in front of videos (`add_vision_id`), as in a rollout.
@@ -48,12 +48,12 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
 def _tiny(rare: bool) -> ml_collections.ConfigDict:
     """Reading stays in the mixture, or it is lost; one look at a time comes before chains of them.
 
-    Rare: three of four questions are answered at once, by a guess. What comes of it can look but seldom does,
-    which is what RL is to mend.
+    Rare goes on from there with three of four questions answered at once, by a guess. What comes of it can
+    look but seldom does, which is what RL is to mend.
     """
     config = ml_collections.ConfigDict()
     config.preset = "tiny"
-    config.steps = 1200
+    config.steps = 200 if rare else 1200
     config.rows = 8
     config.length = 256
     config.chunks = 20

@@ -6,21 +6,24 @@ with the numbers' pixels zeroed, and beside what perfect eyes could read with fe
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
 from iv3jax.bench.digits import answers
 from iv3jax.bench.table import as_text
-from iv3jax.checkpoint.load import LoadedModel
+from iv3jax.checkpoint.load import LoadedModel, load
 from iv3jax.data.config import SourceConfig
 from iv3jax.data.processor import Processor
 from iv3jax.data.tasks import TASKS, TRACES
 from iv3jax.data.tasks.judge import score
-from iv3jax.data.tasks.look_baselines import LookBaselines, look_baselines
+from iv3jax.data.tasks.look_baselines import look_baselines
 from iv3jax.data.tasks.source import TaskSource
 from iv3jax.data.tasks.traces import TraceSource
 from iv3jax.errors import UserError
@@ -28,6 +31,7 @@ from iv3jax.generate.sampling import Sampling
 from iv3jax.mcr.environment import Environment
 from iv3jax.mcr.rewards import RewardConfig
 from iv3jax.mcr.trajectories import Trajectories
+from iv3jax.models.cache import init_cache
 from iv3jax.train.config import TrainConfig, experiment
 
 EXPERIMENT = "rl:tiny"
@@ -38,7 +42,7 @@ BATCH = 100
 
 @dataclass(frozen=True)
 class Row:
-    """A task.
+    """A model on a task.
 
     Attributes:
         loop, low, high: mean score of the closed loop, and its 95 % interval.
@@ -46,11 +50,12 @@ class Row:
         once: of the same model asked once, about `frames` frames of the whole video.
         ceiling: of perfect eyes that look once at so many.
         tokens: of a rollout with its prompt, mean. calls: of a rollout, mean.
+        cache_bytes: of so many tokens, in bf16.
         frames: the most for which a question asked once has no more tokens than that.
-        eyes: of perfect eyes with other looks.
     """
 
-    name: str
+    model: str
+    task: str
     loop: float
     low: float
     high: float
@@ -59,31 +64,45 @@ class Row:
     ceiling: float
     tokens: float
     calls: float
+    cache_bytes: float
     frames: int
-    eyes: LookBaselines
 
 
 def bench_tasks(
-    model: LoadedModel, videos: int = 1000, seed: int = 1, row: str | None = None
+    models: Mapping[str, str], videos: int = 1000, seed: int = 1, row: str | None = None
 ) -> dict[str, Any]:
-    """Asks `videos` held-out questions of each task; the same ones for the same seed.
+    """Asks `videos` held-out questions of each task; the same ones for the same seed and for every model.
 
     Args:
+        models: folders, by the name that their rows get.
         row: the only task to ask about, by its name in the experiment.
 
     Raises:
-        UserError: there is no such row.
+        UserError: there is no such row; `load`'s.
     """
     config = experiment(EXPERIMENT)
     names = [source.name for source in config.data.sources]
     if row is not None and row not in names:
         raise UserError(f"--row {row}: there are {', '.join(names)}")
     chosen = [source for source in config.data.sources if row in (None, source.name)]
-    rows = [_row(model, config, source, videos, seed) for source in chosen]
-    return {"experiment": EXPERIMENT, "videos": videos, "seed": seed, "rows": [asdict(row) for row in rows]}
+    rows = [
+        _row(name, load(folder, dtype=jnp.float32), config, source, videos, seed)
+        for source in chosen
+        for name, folder in models.items()
+    ]
+    eyes = {source.name: asdict(look_baselines(_script(config, source), seed=seed)) for source in chosen}
+    return {
+        "experiment": EXPERIMENT,
+        "videos": videos,
+        "seed": seed,
+        "rows": [asdict(row) for row in rows],
+        "eyes": eyes,
+    }
 
 
-def _row(model: LoadedModel, config: TrainConfig, asked: SourceConfig, videos: int, seed: int) -> Row:
+def _row(
+    name: str, model: LoadedModel, config: TrainConfig, asked: SourceConfig, videos: int, seed: int
+) -> Row:
     scores, tokens, calls = looped(model, config, asked, videos, seed)
     control, _, _ = looped(model, config, asked, videos, seed, zeroed=True)
     frames = most_frames(model.processor, asked, float(tokens.mean()), seed)
@@ -92,19 +111,22 @@ def _row(model: LoadedModel, config: TrainConfig, asked: SourceConfig, videos: i
     texts = answers(model, (case.messages(answered=False) for case in cases))
     once = [score(case.questions[0], text) for case, text in zip(cases, texts, strict=True)]
     half = 1.96 * float(scores.std(ddof=1)) / math.sqrt(videos)
-    mean = float(scores.mean())
+    mean, spent = float(scores.mean()), float(tokens.mean())
+    text = model.config.text_config
+    each = jax.eval_shape(partial(init_cache, text, 1, 1, jnp.bfloat16, False)).nbytes
     return Row(
-        asked.name or asked.kind,
-        mean,
-        max(mean - half, 0.0),
-        min(mean + half, 1.0),
-        float(control.mean()),
-        float(np.mean(once)),
-        source.task.ceiling(frames),
-        float(tokens.mean()),
-        float(calls.mean()),
-        frames,
-        look_baselines(_script(config, asked), seed=seed),
+        model=name,
+        task=asked.name,
+        loop=mean,
+        low=max(mean - half, 0.0),
+        high=min(mean + half, 1.0),
+        control=float(control.mean()),
+        once=float(np.mean(once)),
+        ceiling=source.task.ceiling(frames),
+        tokens=spent,
+        calls=float(calls.mean()),
+        cache_bytes=spent * each,
+        frames=frames,
     )
 
 
@@ -163,29 +185,38 @@ def _script(config: TrainConfig, asked: SourceConfig) -> TraceSource:
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The rows as a table for people."""
+    """The rows as a table for people, each score also as a bar."""
     table = Table(
         title=f"{result['videos']} held-out videos a task, exact match",
-        caption="once: one look at the whole video with as many tokens. zeroed: the loop where nothing can "
-        "be read. Perfect eyes: once; after the overview and one look where the question points; after as "
-        "many looks at random; after looks at the evidence",
+        caption="zeroed: the loop where nothing can be read. once: the model asked once, about as many "
+        "frames of the whole video as have the loop's tokens, and perfect eyes that see as many. The others, "
+        "after the overview: one look where the question points, as many at random, all of the evidence",
     )
     table.add_column("task")
-    heads = ("loop", "95 %", "zeroed", "once", "tokens", "calls", "frames")
-    for head in (*heads, "eyes: blind", "once", "one look", "random", "oracle"):
+    table.add_column("who")
+    table.add_column("loop")
+    for head in ("95 %", "zeroed", "once", "perfect eyes", "tokens", "cache kB", "calls"):
         table.add_column(head, justify="right")
-    for row in result["rows"]:
-        eyes = row["eyes"]
-        shown = (eyes["blind"], row["ceiling"], eyes["one_look"], eyes["at_random"], eyes["oracle"])
-        table.add_row(
-            row["name"],
-            f"{row['loop']:.3f}",
-            f"{row['low']:.3f}–{row['high']:.3f}",
-            f"{row['control']:.3f}",
-            f"{row['once']:.3f}",
-            f"{row['tokens']:.0f}",
-            f"{row['calls']:.2f}",
-            str(row["frames"]),
-            *(f"{value:.3f}" for value in shown),
-        )
-    return as_text(table, 140)
+    for task, eyes in result["eyes"].items():
+        for row in result["rows"]:
+            if row["task"] == task:
+                table.add_row(
+                    task,
+                    row["model"],
+                    _bar(row["loop"]),
+                    f"{row['low']:.3f}–{row['high']:.3f}",
+                    f"{row['control']:.3f}",
+                    f"{row['once']:.3f}",
+                    f"{row['ceiling']:.3f}",
+                    f"{row['tokens']:.0f}",
+                    f"{row['cache_bytes'] / 1e3:.0f}",
+                    f"{row['calls']:.2f}",
+                )
+        for name, words in (("one_look", "one look"), ("at_random", "at random"), ("oracle", "oracle")):
+            table.add_row(task, f"perfect eyes, {words}", _bar(eyes[name]))
+        table.add_row(task, "blind", _bar(eyes["blind"]), end_section=True)
+    return as_text(table, 130)
+
+
+def _bar(score: float) -> str:
+    return f"{score:.3f} {'█' * round(20 * score)}"

@@ -27,7 +27,9 @@ def add(command: Command) -> None:
     sub = command("bench", _bench, "Measure something, side by side with its control or peer.")
     sub.add_argument("name", choices=NAMES)
     sub.add_argument(
-        "--model", help="model folder (default: what launch/demo.sh trained; conversion trains its own)"
+        "--model",
+        help="model folder (default: what launch/demo.sh trained; conversion trains its own). tasks: one, or "
+        "NAME=FOLDER,NAME=FOLDER",
     )
     sub.add_argument(
         "--samples",
@@ -82,7 +84,7 @@ def _bench(args: argparse.Namespace) -> int:
         "rollout": (rollout, lambda: rollout.bench_rollout(args.model)),
         "tasks": (
             tasks,
-            lambda: tasks.bench_tasks(load_model(args.model), videos(1000), args.seed, args.row),
+            lambda: tasks.bench_tasks(_models(args.model), videos(1000), args.seed, args.row),
         ),
         "export": (export, lambda: export.bench_export(args.layers)),
         "conversion": (
@@ -95,3 +97,9 @@ def _bench(args: argparse.Namespace) -> int:
     print(json.dumps(result) if args.json else module.format_table(result))
     # Only some have a bound to keep.
     return int(result.get("passed") is False)
+
+
+def _models(text: str | None) -> dict[str, str]:
+    """Folders by name; a folder alone is named by its path."""
+    pairs = (part.rpartition("=") for part in model_name(text).split(","))
+    return {name or folder: folder for name, _, folder in pairs}
