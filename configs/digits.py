@@ -1,7 +1,7 @@
-"""The demo's model: reads handwritten two-digit numbers in video and says when they are shown.
+"""A first model from nothing: reads handwritten two-digit numbers in video and says when they are shown.
 
-    iv3 train --config digits --out runs/demo
-    iv3 train --config digits --out runs/more init=runs/demo/model     goes on from there
+    iv3 train --config digits --out runs/digits
+    iv3 train --config digits --out runs/more init=runs/digits/model     goes on from there
 
 The recipe that learns this in minutes: Muon on the matrices; short videos of one number first, and some of
 them kept in the mixture after, or reading is lost again; then longer videos with questions about when.

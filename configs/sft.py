@@ -13,19 +13,22 @@ pixels. The paper does not say how many tokens its sets hold: set `steps` to an 
 
 import ml_collections
 
+from configs.cpt import SHORT
+
 VARIANTS = ("short", "long", "tiny_short", "tiny_long")
 
 TINY_SHORT = (
-    dict(kind="task:read", weight=1.0),
-    dict(kind="task:at", weight=1.0, options=("seconds=5,8", "shown=1.5,3.5", "frames=16", "questions=3")),
-    dict(kind="task:when", weight=1.0, options=("seconds=5,8", "shown=1.5,3.5", "frames=16", "questions=3")),
-    dict(kind="task:order", weight=1.0, options=("frames=16", "questions=3")),
+    dict(kind="task:read", weight=1.0, options=("varied=1",)),
+    dict(kind="task:at", weight=1.0, options=SHORT),
+    dict(kind="task:when", weight=2.0, options=SHORT),
+    dict(kind="task:order", weight=1.0, options=("frames=16", "questions=3", "varied=1")),
 )
+LONG = ("seconds=16,64", "shown=2,7", "frames=128", "events=1", "varied=1")
 TINY_LONG = (
-    dict(kind="task:read", weight=1.0),
-    dict(kind="task:at", weight=1.0, options=("seconds=16,64", "shown=2,7", "frames=128", "questions=3")),
-    dict(kind="task:when", weight=1.0, options=("seconds=16,64", "shown=2,7", "frames=128", "questions=3")),
-    dict(kind="task:count", weight=1.0, options=("frames=128",)),
+    *(entry | dict(name=f"short {entry['kind']}") for entry in TINY_SHORT[:3]),
+    dict(kind="task:at", weight=3.0, options=LONG),
+    dict(kind="task:when", weight=3.0, options=LONG),
+    dict(kind="task:count", weight=1.0, options=("frames=128", "varied=1")),
 )
 
 
@@ -80,12 +83,13 @@ def _tiny(long: bool) -> ml_collections.ConfigDict:
     """The short stage's rows are as pretraining's, the long one's row is eight times as long."""
     config = ml_collections.ConfigDict()
     config.preset = "tiny"
-    config.steps = 150 if long else 400
+    config.steps = 75 if long else 200
     config.rows = 1 if long else 8
     config.length = 1920 if long else 240
     config.chunks = 160 if long else 20
     config.reduction = "square"
     config.mesh = dict(data=0)
     config.optimizer = dict(learning_rate=0.005 if long else 0.01, adam_learning_rate=0.003)
-    config.data = dict(sources=TINY_LONG if long else TINY_SHORT)
+    # As `ask` writes prompts, and the digits' experiment.
+    config.data = dict(sources=TINY_LONG if long else TINY_SHORT, add_vision_id=False)
     return config

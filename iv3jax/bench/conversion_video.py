@@ -1,6 +1,6 @@
 """`iv3 bench conversion`, the tiny model: a Qwen3-VL-shaped model that reads numbers in videos, converted.
 
-The source has q/k norm and grouped keys, and is trained on the demo's task. Conversions see videos that are
+The source has q/k norm and grouped keys, and is trained on the digits' experiment. Conversions see videos that are
 made like its training videos; they are judged on held-out clips and digit instances (bench/digits.py), by
 answers, and by the next-token distributions over the true answers.
 """
@@ -40,7 +40,7 @@ PEERS = ("svd", "transmla", "care")
 FRACTIONS = (0.5, 0.375)
 RECOVERED = 0.5
 RECOVERY = ("optimizer.learning_rate=0.005", "optimizer.adam_learning_rate=0.0015")
-"""What differs from the demo's training in what follows a conversion."""
+"""What differs from that training in what follows a conversion."""
 
 
 def variants() -> dict[str, ConvertConfig]:
@@ -91,7 +91,7 @@ def bench_video(folder: Path, model: str | None, videos: int = 100, seed: int = 
 
 
 def trained_source(folder: Path) -> Path:
-    """A source of the demo's task and length, trained where the folder does not hold it."""
+    """A source of the digits' experiment, trained where the folder does not hold it."""
     if not (folder / "model").is_dir():
         run(experiment("digits", ["preset=tiny_gqa"]), folder)
     return folder / "model"
@@ -131,7 +131,7 @@ class _Bench:
         return str(out)
 
     def trained_on(self, name: str, init: str) -> str:
-        """The folder of what the demo's training makes of a model."""
+        """The folder of what that training makes of a model."""
         out = self._place(f"{name}, trained on")
         if not (out / "model").exists():
             run(experiment("digits", [*RECOVERY, f"init={init}"]), out)
@@ -163,7 +163,7 @@ def format_table(result: dict[str, Any]) -> str:
     """The rows as a table for people."""
     table = Table(
         title=f"conversions of a tiny model with q/k norm, {result['videos']} held-out videos a task",
-        caption=f"trained on: the demo's training from there, with {', '.join(result['recovery'])}",
+        caption=f"trained on: the digits' training from there, with {', '.join(result['recovery'])}",
     )
     table.add_column("model")
     table.add_column("cache", justify="right")

@@ -1,4 +1,4 @@
-"""`iv3 bench digits`: what the demo's model has learned, on clips and digit instances it never saw.
+"""`iv3 bench digits`: what a model has learned from one look, on clips and digit instances it never saw.
 
 Every row stands beside its control, the same videos with the digits' pixels zeroed, and beside what can be
 had without looking (chance, or the best fixed interval) and with perfect eyes (the trained answer itself).

@@ -36,7 +36,7 @@ SECONDS = (8, 16, 64)
 """Lengths of the videos that are asked about, at two frames a second."""
 
 ASKED = ("at", "when")
-"""The tasks: exact match, and mean temporal IoU. Two numbers are shown in a video of any length."""
+"""The tasks: exact match, and mean temporal IoU. One number is shown for a while in a video of any length."""
 
 STAGES = {"stage 1": "cpt:tiny", "short": "sft:tiny_short", "long": "sft:tiny_long"}
 
@@ -96,7 +96,7 @@ def bench_stages(
         cells = Cells(folder / f"{videos}-{seed}")
 
         def row(name: str, place: str, steps: int) -> dict[str, Any]:
-            return {"name": name, "steps": steps} | cells(name, lambda: measure(place, asked))
+            return {"name": name, "model": place, "steps": steps} | cells(name, lambda: measure(place, asked))
 
         start = folder / "converted"
         if not start.exists():
@@ -125,6 +125,7 @@ def questions(videos: int, seed: int) -> list[Asked]:
                 f"seconds={seconds}",
                 "shown=2,7" if seconds > 8 else "shown=1.5,3.5",
                 f"frames={2 * seconds}",
+                "events=1",
                 f"seed={seed}",
             )
             source: TaskSource = TASKS[task](options)

@@ -1,4 +1,4 @@
-"""`iv3 bench weights`: what int8 and nf4 weights cost the demo's model, against the same model in bf16.
+"""`iv3 bench weights`: what int8 and nf4 weights cost the digits' model, against the same model in bf16.
 
 Bytes are those of all parameters. Nothing is timed here.
 """

@@ -4,7 +4,7 @@ import argparse
 import json
 
 from iv3jax.cli.parse import Command
-from iv3jax.cli.source import load_model, model_name
+from iv3jax.cli.source import digits_name, load_model, model_name
 
 NAMES = (
     "digits",
@@ -28,7 +28,8 @@ def add(command: Command) -> None:
     sub.add_argument("name", choices=NAMES)
     sub.add_argument(
         "--model",
-        help="model folder (default: what launch/demo.sh trained; conversion trains its own). tasks: one, or "
+        help="model folder (default: runs/digits/model for digits, weights and cache; runs/demo/model for "
+        "tasks; rollout takes random weights; the others train or make their own). tasks: one, or "
         "NAME=FOLDER,NAME=FOLDER",
     )
     sub.add_argument(
@@ -67,13 +68,16 @@ def _bench(args: argparse.Namespace) -> int:
         return default if args.samples is None else args.samples
 
     modules = {
-        "digits": (digits, lambda: digits.bench_digits(load_model(args.model), videos(500), args.seed)),
+        "digits": (
+            digits,
+            lambda: digits.bench_digits(load_model(digits_name(args.model)), videos(500), args.seed),
+        ),
         "generate": (generate, generate.bench_generate),
         "weights": (
             weights,
-            lambda: weights.bench_weights(model_name(args.model), videos(100), args.seed),
+            lambda: weights.bench_weights(digits_name(args.model), videos(100), args.seed),
         ),
-        "cache": (cache, lambda: cache.bench_cache(model_name(args.model), videos(100), args.seed)),
+        "cache": (cache, lambda: cache.bench_cache(digits_name(args.model), videos(100), args.seed)),
         "kernels": (kernels, kernels.bench_kernels),
         "tune": (tune, tune.bench_tune),
         "train": (train, train.bench_train),

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 DEMO_MODEL = Path("runs/demo/model")
 """Where launch/demo.sh leaves the model it trains, below the checkout."""
 
+DIGITS_MODEL = Path("runs/digits/model")
+"""Where `iv3 train --config digits --out runs/digits` leaves one."""
+
 
 def load_model(name: str | None, random_weights: bool = False, weights: str | None = None) -> "LoadedModel":
     """The named model, or the demo's."""
@@ -26,12 +29,19 @@ def load_model(name: str | None, random_weights: bool = False, weights: str | No
 
 def model_name(name: str | None) -> str:
     """The name, or the demo's folder."""
-    if name is not None:
-        return name
+    return name or _made(DEMO_MODEL, "bash launch/demo.sh")
+
+
+def digits_name(name: str | None) -> str:
+    """The name, or the folder of a model that answers the digits' questions in one look."""
+    return name or _made(DIGITS_MODEL, f"iv3 train --config digits --out {DIGITS_MODEL.parent}")
+
+
+def _made(place: Path, command: str) -> str:
     for root in (Path(), Path(__file__).parents[2]):
-        if (root / DEMO_MODEL).is_dir():
-            return str(root / DEMO_MODEL)
+        if (root / place).is_dir():
+            return str(root / place)
     raise UserError(
-        f"no --model was named and {DEMO_MODEL} is not there; run `bash launch/demo.sh`, which trains it, "
-        "or name a model folder"
+        f"no --model was named and {place} is not there; run `{command}`, which trains it, or name a model "
+        "folder"
     )

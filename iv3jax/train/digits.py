@@ -1,4 +1,4 @@
-"""The digit task's mixture, which changes from step to step: what the demo's first model learns from."""
+"""The digit task's mixture, which changes from step to step: what a first model learns from."""
 
 from collections.abc import Iterator
 

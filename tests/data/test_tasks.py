@@ -106,6 +106,29 @@ def test_an_episode_is_the_same_at_the_same_time_in_any_view():
     assert np.abs(np.diff(plain.astype(int), axis=0)).mean() > 1
 
 
+def test_handwriting_varies_where_it_is_wanted_in_training_only():
+    events = (Event(42, 0.0, 2.0),)
+    times = np.array([1.0])
+    plain, varied, more = (Episode(3.0, events, "train", look=5, varied=v).frames(times) for v in (0, 1, 2))
+    top = SIDE // 2
+    np.testing.assert_array_equal(plain[:, :top], varied[:, :top])
+    assert (
+        2 < np.abs(plain.astype(int) - varied)[:, top:].mean() < np.abs(plain.astype(int) - more).mean() * 2
+    )
+    # Still that number: nearer to it as it was written than to any other of the same hand.
+    apart = [
+        np.abs(Episode(3.0, (Event(n, 0.0, 2.0),), "train", look=5).frames(times).astype(int) - varied).sum()
+        for n in (42, 17, 58, 93)
+    ]
+    assert np.argmin(apart) == 0
+    for split, differs in (("train", True), ("test", False)):
+        frames = [
+            TASKS["read"]((f"split={split}", f"varied={v}"))[3].messages[0]["content"][0]["frames"]
+            for v in (0, 1)
+        ]
+        assert (frames[0] != frames[1]).any() == differs
+
+
 def test_three_digits_are_drawn_in_order():
     image = panel(np.random.default_rng(0), 137, "train")
     assert image.shape == (SIDE // 2, SIDE) and image.max() <= 1

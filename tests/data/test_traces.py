@@ -116,6 +116,15 @@ def test_a_zoom_shows_what_the_loop_shows():
             np.testing.assert_array_equal(np.asarray(shown.tokens[0])[np.asarray(shown.real[0])], expected)
 
 
+def test_fewer_looks_are_the_same_ones_and_the_answer_is_right_all_the_same():
+    whole = TRACES["chase"](OPTIONS["chase"])[5].messages
+    for looks in (0, 2):
+        cut = TRACES["chase"]((*OPTIONS["chase"], f"looks={looks}"))[5].messages
+        assert len(cut) == 2 * looks + 2
+        assert [m["content"] for m in cut[1:-1:2]] == [m["content"] for m in whole[1 : 2 * looks : 2]]
+        assert parse(cut[-1]["content"]).text == parse(whole[-1]["content"]).text
+
+
 @pytest.mark.parametrize("frames", [1, 2, 3, 8])
 def test_patches_are_spread_as_the_loop_spreads_them(frames: int):
     for count in (1, 2, 3, 7, 8, 9, 64):
@@ -139,6 +148,8 @@ def test_traces_are_a_source_like_others():
         ("trace:chas", (), "no task 'chas'"),
         ("trace:at", ("zom=3",), "unknown option 'zom'; did you mean 'zoom'"),
         ("trace:at", ("half=0.1",), "half: 0.1 must be 0.5 or more"),
+        ("trace:at", ("looks=-1",), "looks: -1 must be 0 or more"),
+        ("trace:at", ("varied=-1",), "varied: -1 must be 0 or more"),
         ("trace:ground", ("overview=1", "seconds=900"), "almost never show"),
     ],
 )
