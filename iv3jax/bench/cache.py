@@ -1,4 +1,4 @@
-"""`iv3 bench cache`: what an int8 or fp8 latent cache costs the digits' model, against the same cache in bf16.
+"""`iv3 bench cache`: what int8 or fp8 latent caches cost the digits' model, against the same one in bf16.
 
 Nothing is timed here; `iv3 bench kernels` counts the bytes that a step reads.
 """

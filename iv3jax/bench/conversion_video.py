@@ -1,8 +1,8 @@
 """`iv3 bench conversion`, the tiny model: a Qwen3-VL-shaped model that reads numbers in videos, converted.
 
-The source has q/k norm and grouped keys, and is trained on the digits' experiment. Conversions see videos that are
-made like its training videos; they are judged on held-out clips and digit instances (bench/digits.py), by
-answers, and by the next-token distributions over the true answers.
+The source has q/k norm and grouped keys, and is trained as the digits' experiment has it. Conversions see
+videos that are made like its training videos; they are judged on held-out clips and digit instances
+(bench/digits.py), by answers, and by the next-token distributions over the true answers.
 """
 
 import sys
