@@ -71,7 +71,8 @@ def _tiny() -> ml_collections.ConfigDict:
     config.rollout = dict(
         steps=5,
         budget=256,
-        slots=64,
+        slots=16,
+        patience=0.8,
         grammar=dict(thought_tokens=8, text_tokens=4, answer_tokens=4, tools=("zoom", "answer")),
         tools=dict(frames=3),
     )
