@@ -12,7 +12,7 @@ holds the patches of 65 536 vision tokens. 1600 steps are the paper's 13.5 B tok
 
 import ml_collections
 
-SHORT = ("seconds=5,8", "shown=1.5,3.5", "frames=16", "events=1", "varied=1")
+SHORT = ("seconds=5,16", "shown=1.5,5", "frames=32", "events=1", "varied=1")
 """Of the tiny twins: one number, shown for a while in a short video."""
 
 TINY_PRETRAINING = (

@@ -83,13 +83,15 @@ def _tiny(long: bool) -> ml_collections.ConfigDict:
     """The short stage's rows are as pretraining's, the long one's row is eight times as long."""
     config = ml_collections.ConfigDict()
     config.preset = "tiny"
-    config.steps = 75 if long else 200
+    config.steps = 100 if long else 200
     config.rows = 1 if long else 8
     config.length = 1920 if long else 240
     config.chunks = 160 if long else 20
     config.reduction = "square"
     config.mesh = dict(data=0)
-    config.optimizer = dict(learning_rate=0.005 if long else 0.01, adam_learning_rate=0.003)
+    config.optimizer = dict(
+        learning_rate=0.003 if long else 0.01, adam_learning_rate=0.001 if long else 0.003
+    )
     # As `ask` writes prompts, and the digits' experiment.
     config.data = dict(sources=TINY_LONG if long else TINY_SHORT, add_vision_id=False)
     return config

@@ -3,10 +3,10 @@
 # grouped keys → conversion → stages 1 and 2 → cold start of the loop → RL → distillation → an answer, with
 # its steps. Needs no root and no accelerator.
 #
-#   bash launch/demo.sh                 about a quarter of an hour on 2 cores; starts from two small models that
-#                                       --full made and the repository holds, and says where
-#   bash launch/demo.sh --full          everything from nothing, the figures on 1000 videos; about an hour
-#   bash launch/demo.sh --retrain       throws away what earlier ones made (may stand before --full)
+#   bash launch/demo.sh               about a quarter of an hour on 2 cores; steps 1 and 3 start from small
+#                                     models that --full made and the repository holds, and say so
+#   bash launch/demo.sh --full        everything from nothing, the figures on 1000 videos; about an hour
+#   bash launch/demo.sh --retrain     throws away what earlier ones made (may stand before --full)
 #
 # Stopped in the middle, the same command goes on.
 
@@ -35,7 +35,7 @@ if [ "$full" ]; then
   source=$out/source/model videos=1000 parts=
 else
   say "1/7 a tiny model with grouped keys that reads numbers: launch/models/source, made by --full"
-  source=launch/models/source videos=200 parts="--part whole"
+  source=launch/models/source videos=100 parts="--part whole"
 fi
 
 say "2/7 conversion to latent attention at half the cache, continued pretraining, short and long videos"
@@ -44,20 +44,22 @@ iv3 bench stages --model "$source" --samples 100 $parts
 start=$(iv3 bench stages --model "$source" --samples 100 --part whole --json |
   "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)["rows"][-1]["model"])')
 
-say "3/7 cold start: scripted traces show how to look step by step"
+say "3/7 cold start of the loop: scripted traces show how to look step by step"
 if [ "$full" ]; then
   train teacher traces:tiny init="$start"
-  teacher=$out/teacher/model
+  teacher=$out/teacher/model rl=() distill=()
 else
-  teacher=launch/models/teacher
+  echo "the model after 1200 steps of them: launch/models/teacher, made by --full"
+  teacher=launch/models/teacher rl=(steps=60) distill=(steps=20)
 fi
-train cold traces:tiny init="$start" steps=250
+echo "from there, mostly questions that are answered at once: it can look, but seldom does"
+train cold traces:tiny_rare init="$teacher"
 
 say "4/7 reinforcement learning on its own looks at long videos"
-train rl rl:tiny init="$out/cold/model"
+train rl rl:tiny init="$out/cold/model" "${rl[@]}"
 
-say "5/7 distillation on its own looks, from a teacher that saw five times the traces${full:+: $teacher}"
-train opd opd:tiny init="$out/rl/model" distill.teacher="$teacher"
+say "5/7 distillation on its own looks, from the model of step 3"
+train opd opd:tiny init="$out/rl/model" distill.teacher="$teacher" distill.frames=0 distill.room=0 "${distill[@]}"
 
 say "6/7 what each stage taught it, on clips and handwriting that training never saw"
 iv3 bench tasks --samples "$videos" --model \
