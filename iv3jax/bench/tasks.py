@@ -6,7 +6,7 @@ with the numbers' pixels zeroed, and beside what perfect eyes could read with fe
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -85,11 +85,8 @@ def bench_tasks(
     if row is not None and row not in names:
         raise UserError(f"--row {row}: there are {', '.join(names)}")
     chosen = [source for source in config.data.sources if row in (None, source.name)]
-    rows = [
-        _row(name, load(folder, dtype=jnp.float32), config, source, videos, seed)
-        for source in chosen
-        for name, folder in models.items()
-    ]
+    loaded = {name: load(folder, dtype=jnp.float32) for name, folder in models.items()}
+    rows = [one for source in chosen for one in _rows(loaded, config, source, videos, seed)]
     eyes = {source.name: asdict(look_baselines(_script(config, source), seed=seed)) for source in chosen}
     return {
         "experiment": EXPERIMENT,
@@ -100,18 +97,32 @@ def bench_tasks(
     }
 
 
-def _row(
-    name: str, model: LoadedModel, config: TrainConfig, asked: SourceConfig, videos: int, seed: int
-) -> Row:
-    scores, tokens, calls = looped(model, config, asked, videos, seed)
-    control, _, _ = looped(model, config, asked, videos, seed, zeroed=True)
-    frames = most_frames(model.processor, asked, float(tokens.mean()), seed)
+@dataclass(frozen=True)
+class Looped:
+    """Of greedy rollouts: scores, tokens with the prompt, and calls, (videos,) each."""
+
+    scores: np.ndarray
+    tokens: np.ndarray
+    calls: np.ndarray
+
+
+def _rows(
+    models: Mapping[str, LoadedModel], config: TrainConfig, asked: SourceConfig, videos: int, seed: int
+) -> Iterator[Row]:
+    found = looped(models, config, asked, videos, seed)
+    zeroed = looped(models, config, asked, videos, seed, zeroed=True)
+    for name, model in models.items():
+        yield _row(name, model, found[name], zeroed[name], asked, seed)
+
+
+def _row(name: str, model: LoadedModel, found: Looped, zeroed: Looped, asked: SourceConfig, seed: int) -> Row:
+    mean, spent, videos = float(found.scores.mean()), float(found.tokens.mean()), len(found.scores)
+    frames = most_frames(model.processor, asked, spent, seed)
     source = _once(asked, frames, videos, seed)
     cases = [source.case(i) for i in range(videos)]
     texts = answers(model, (case.messages(answered=False) for case in cases))
     once = [score(case.questions[0], text) for case, text in zip(cases, texts, strict=True)]
-    half = 1.96 * float(scores.std(ddof=1)) / math.sqrt(videos)
-    mean, spent = float(scores.mean()), float(tokens.mean())
+    half = 1.96 * float(found.scores.std(ddof=1)) / math.sqrt(videos)
     text = model.config.text_config
     each = jax.eval_shape(partial(init_cache, text, 1, 1, jnp.bfloat16, False)).nbytes
     return Row(
@@ -120,48 +131,51 @@ def _row(
         loop=mean,
         low=max(mean - half, 0.0),
         high=min(mean + half, 1.0),
-        control=float(control.mean()),
+        control=float(zeroed.scores.mean()),
         once=float(np.mean(once)),
         ceiling=source.task.ceiling(frames),
         tokens=spent,
-        calls=float(calls.mean()),
+        calls=float(found.calls.mean()),
         cache_bytes=spent * each,
         frames=frames,
     )
 
 
 def looped(
-    model: LoadedModel,
+    models: Mapping[str, LoadedModel],
     config: TrainConfig,
     asked: SourceConfig,
     videos: int,
     seed: int,
     zeroed: bool = False,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores, tokens and calls (videos,) of greedy rollouts about held-out videos of one task."""
+) -> dict[str, Looped]:
+    """Greedy rollouts of each model about held-out videos of one task; each video is drawn once for all."""
     held_out = replace(asked, options=(*asked.options, "split=test", f"seed={seed}", f"count={videos}"))
     count = min(BATCH, videos)
-    environment = Environment(
-        replace(config.data, sources=(held_out,)),
-        model.model,
-        model.processor,
-        replace(config.rollout, slots=count, sampling=Sampling()),
-        frames=config.collect.frames,
-        length=config.length - config.rollout.budget,
-        seed=seed,
-        zeroed=zeroed,
-    )
-    scores, tokens, calls = [], [], []
-    for first in range(0, videos, count):
-        questions = environment.asked(first, count)
-        found: Trajectories = jax.device_get(
-            environment.roll(model.params, questions, jax.random.key(seed), group=1).trajectories
+    environments = {
+        name: Environment(
+            replace(config.data, sources=(held_out,)),
+            model.model,
+            model.processor,
+            replace(config.rollout, slots=count, sampling=Sampling()),
+            frames=config.collect.frames,
+            length=config.length - config.rollout.budget,
+            seed=seed,
+            zeroed=zeroed,
         )
-        rewards = environment.rewards(RewardConfig(), questions, found)
-        scores += [max(one.parts["exact"], one.parts["iou"]) for one in rewards]
-        tokens += found.length.tolist()
-        calls += (found.calls.tools >= 0).sum(axis=1).tolist()
-    return np.array(scores[:videos]), np.array(tokens[:videos]), np.array(calls[:videos])
+        for name, model in models.items()
+    }
+    found: dict[str, list[tuple[float, int, int]]] = {name: [] for name in models}
+    for first in range(0, videos, count):
+        questions = next(iter(environments.values())).asked(first, count)
+        for name, environment in environments.items():
+            rolled = environment.roll(models[name].params, questions, jax.random.key(seed), group=1)
+            ended: Trajectories = jax.device_get(rolled.trajectories)
+            rewards = environment.rewards(RewardConfig(), questions, ended)
+            scores = [max(one.parts["exact"], one.parts["iou"]) for one in rewards]
+            calls = (ended.calls.tools >= 0).sum(axis=1)
+            found[name] += zip(scores, ended.length.tolist(), calls.tolist(), strict=True)
+    return {name: Looped(*np.array(rows[:videos]).T) for name, rows in found.items()}
 
 
 def most_frames(processor: Processor, asked: SourceConfig, tokens: float, seed: int) -> int:
