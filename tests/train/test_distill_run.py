@@ -129,7 +129,7 @@ def test_files_of_questions(tmp_path: Path):
     ("override", "words"),
     [
         ("distill.kind=exakt", "did you mean 'exact'"),
-        ("distill.frames=8", "let it see more than the student with distill.frames above 8"),
+        ("distill.frames=2", "let it see more than the student with distill.frames above 2"),
         ("collect.attempts=2", "learns from every rollout"),
         ("distill.top=0", "top 0 must be 1 or more"),
         ("distill.teachr=x", "did you mean 'teacher'"),
