@@ -14,7 +14,7 @@ MODEL = load("tiny", random_weights=True)
 ASKED = SourceConfig("task:chase", name="chase1", options=("seconds=96", "shown=1"))
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_a_model_that_knows_nothing_is_right_by_chance_only(tmp_path: Path):
     export("tiny", tmp_path / "model", random_weights=True)
     result = bench_tasks({"none": str(tmp_path / "model")}, videos=5, row="chase1")

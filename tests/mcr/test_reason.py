@@ -15,7 +15,7 @@ from iv3jax.mcr.video import reason
 from iv3jax.train.config import experiment
 from tests.data.media import write_video
 
-pytestmark = pytest.mark.medium
+pytestmark = pytest.mark.slow
 CONFIG = experiment("rl:tiny")
 
 
