@@ -3,9 +3,9 @@
 # grouped keys → conversion → stages 1 and 2 → cold start of the loop → RL → distillation → an answer, with
 # its steps. Needs no root and no accelerator.
 #
-#   bash launch/demo.sh               about a quarter of an hour on 2 cores; steps 1 and 3 start from small
+#   bash launch/demo.sh               meant for a quarter of an hour on 2 cores; steps 1 and 3 start from small
 #                                     models that --full made and the repository holds, and say so
-#   bash launch/demo.sh --full        everything from nothing, the figures on 1000 videos; about an hour
+#   bash launch/demo.sh --full        everything from nothing, the figures on 1000 videos
 #   bash launch/demo.sh --retrain     throws away what earlier ones made (may stand before --full)
 #
 # Stopped in the middle, the same command goes on.
