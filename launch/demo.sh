@@ -5,7 +5,7 @@
 #
 #   bash launch/demo.sh               meant for a quarter of an hour on 2 cores; steps 1 and 3 start from small
 #                                     models that --full made and the repository holds, and say so
-#   bash launch/demo.sh --full        everything from nothing, the figures on 1000 videos
+#   bash launch/demo.sh --full        everything from nothing, the figures on 1000 videos; not timed
 #   bash launch/demo.sh --retrain     throws away what earlier ones made (may stand before --full)
 #
 # Stopped in the middle, the same command goes on.
