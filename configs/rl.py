@@ -12,6 +12,7 @@ has one question and eight rollouts of it at a time; four steps learn from them.
 import ml_collections
 
 TINY = ("seconds=96", "shown=1")
+"""Of the tiny twin: so long that one look for as many tokens misses most of it."""
 
 REWARD = dict(iou=1.0, exact=1.0, format=0.1, evidence=0.2, step=0.01)
 

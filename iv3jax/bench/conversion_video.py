@@ -28,7 +28,7 @@ from iv3jax.conversion.convert import convert
 from iv3jax.conversion.source import Source
 from iv3jax.data.processor import Processor
 from iv3jax.models.cache import init_cache
-from iv3jax.models.config import ModelConfig
+from iv3jax.models.config import ModelConfig, TextConfig
 from iv3jax.train.config import DigitsConfig, experiment
 from iv3jax.train.digits import samples
 from iv3jax.train.run import run
@@ -145,7 +145,8 @@ class _Bench:
 
         def measure() -> dict[str, Any]:
             seen = self._reference if folder == self.source else observe(load(folder), self._asked)
-            found = {"answer_loss": seen.answer_loss, "bytes_per_token": _cache_bytes(folder)}
+            text = ModelConfig.from_file(Path(folder)).text_config
+            found = {"answer_loss": seen.answer_loss, "bytes_per_token": cache_bytes(text)}
             return found | asdict(agreement(self._asked, self._reference, seen))
 
         return {"name": name} | Cells(self.folder / f"{self.videos}-{self.seed}")(
@@ -153,9 +154,8 @@ class _Bench:
         )
 
 
-def _cache_bytes(folder: str) -> int:
+def cache_bytes(text: TextConfig) -> int:
     """Of one token over all layers, in bf16."""
-    text = ModelConfig.from_file(Path(folder)).text_config
     return jax.eval_shape(partial(init_cache, text, 1, 1, jnp.bfloat16, False)).nbytes
 
 

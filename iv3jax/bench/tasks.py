@@ -8,7 +8,6 @@ with the numbers' pixels zeroed, and beside what perfect eyes could read with fe
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from iv3jax.bench.conversion_video import cache_bytes
 from iv3jax.bench.digits import answers
 from iv3jax.bench.table import as_text
 from iv3jax.checkpoint.load import LoadedModel, load
@@ -31,7 +31,6 @@ from iv3jax.generate.sampling import Sampling
 from iv3jax.mcr.environment import Environment
 from iv3jax.mcr.rewards import RewardConfig
 from iv3jax.mcr.trajectories import Trajectories
-from iv3jax.models.cache import init_cache
 from iv3jax.train.config import TrainConfig, experiment
 
 EXPERIMENT = "rl:tiny"
@@ -78,8 +77,10 @@ def bench_tasks(
         row: the only task to ask about, by its name in the experiment.
 
     Raises:
-        UserError: there is no such row; `load`'s.
+        UserError: there is no such row, or too few videos for an interval; `load`'s.
     """
+    if videos < 2:
+        raise UserError(f"--samples {videos}: an interval needs 2 or more")
     config = experiment(EXPERIMENT)
     names = [source.name for source in config.data.sources]
     if row is not None and row not in names:
@@ -123,8 +124,6 @@ def _row(name: str, model: LoadedModel, found: Looped, zeroed: Looped, asked: So
     texts = answers(model, (case.messages(answered=False) for case in cases))
     once = [score(case.questions[0], text) for case, text in zip(cases, texts, strict=True)]
     half = 1.96 * float(found.scores.std(ddof=1)) / math.sqrt(videos)
-    text = model.config.text_config
-    each = jax.eval_shape(partial(init_cache, text, 1, 1, jnp.bfloat16, False)).nbytes
     return Row(
         model=name,
         task=asked.name,
@@ -136,7 +135,7 @@ def _row(name: str, model: LoadedModel, found: Looped, zeroed: Looped, asked: So
         ceiling=source.task.ceiling(frames),
         tokens=spent,
         calls=float(found.calls.mean()),
-        cache_bytes=spent * each,
+        cache_bytes=spent * cache_bytes(model.config.text_config),
         frames=frames,
     )
 
@@ -166,6 +165,7 @@ def looped(
         for name, model in models.items()
     }
     found: dict[str, list[tuple[float, int, int]]] = {name: [] for name in models}
+    # The last batch is as large as the others, so that nothing compiles again; its first ones may come twice.
     for first in range(0, videos, count):
         questions = next(iter(environments.values())).asked(first, count)
         for name, environment in environments.items():

@@ -43,7 +43,7 @@ def add(command: Command) -> None:
         "--loop",
         metavar="EXPERIMENT",
         help="look again with tools until there is an answer, and print the steps; tools, overview and "
-        "budget are the experiment's, for example rl",
+        "budget are the experiment's (no --max-new-tokens), for example rl; 8 frames a second without --fps",
     )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -148,6 +148,7 @@ def _reason(args: argparse.Namespace, model: "LoadedModel", sampling: "Sampling"
         dataclasses.replace(config.rollout, sampling=sampling, cache_dtype=args.cache_dtype),
         frames=config.collect.frames,
         fps=args.fps or DENSE_FPS,
+        max_frames=args.max_frames,
         seed=args.seed,
     )
     print(json.dumps(trace) if args.json else show(trace))

@@ -154,7 +154,7 @@ class Environment:
         """
         text, vision = self._model.config.text_config, self._model.config.vision_config
         assert vision is not None, "refused above"
-        size = _room(self.patches)
+        size = room(self.patches)
         each = self.config.tools.grid[0] * self.config.tools.grid[1]
         levels = 1 + len(vision.deepstack_visual_indexes)
 
@@ -226,7 +226,7 @@ class Environment:
         world = world_of(
             asked.scenes,
             encoded_features(self._model, params, asked.samples, self.patches),
-            _room(self.patches),
+            room(self.patches),
             self.tokenizer,
             params["embed_tokens"]["embedding"],
         )
@@ -282,6 +282,6 @@ def _task(opened: Opened) -> TaskSource:
     return source
 
 
-def _room(patches: int) -> WorldSize:
+def room(patches: int) -> WorldSize:
     """Of worlds without texts and segments, of which there must be room for one."""
     return WorldSize(patches, texts=1, text_tokens=1, segments=1)

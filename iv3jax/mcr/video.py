@@ -9,13 +9,14 @@ from iv3jax.checkpoint.load import LoadedModel
 from iv3jax.data.collate import round_up_bucket
 from iv3jax.data.sampling import temporal_patch_times
 from iv3jax.errors import UserError
+from iv3jax.mcr.environment import room
 from iv3jax.mcr.grammar import build
 from iv3jax.mcr.prompts import write_prompts
 from iv3jax.mcr.rollout import rollout
 from iv3jax.mcr.rollout_config import RolloutConfig
 from iv3jax.mcr.trace import Trace, make_trace
 from iv3jax.mcr.wording import make_wording
-from iv3jax.mcr.world import Scene, WorldSize, encoded_features, world_of
+from iv3jax.mcr.world import Scene, encoded_features, world_of
 from iv3jax.paths import PathArgument
 
 
@@ -27,6 +28,7 @@ def reason(
     *,
     frames: int,
     fps: float,
+    max_frames: int | None = None,
     seed: int = 0,
 ) -> Trace:
     """What the model looks at until it answers, step by step.
@@ -35,7 +37,8 @@ def reason(
         path: a video file. question: follows the overview in the user's turn.
         config: what a rollout may spend and which tools it has; slots and grid are the file's.
         frames: temporal patches of the overview.
-        fps: frames a second that a zoom can show at most; all of them are encoded before.
+        fps, max_frames: frames a second that a zoom can show at most, and of the whole video; None takes the
+            model folder's. All of them are encoded before.
 
     Raises:
         UserError: an empty question, a model without a tower, a file that cannot be read, or a rollout that
@@ -47,6 +50,10 @@ def reason(
     if vision is None:
         raise UserError("this model has no vision tower; the loop needs one to look at videos")
     processor = replace(model.processor, fps=fps)
+    if max_frames is not None:
+        processor = replace(
+            processor, min_frames=min(processor.min_frames, max_frames), max_frames=max_frames
+        )
     sample = processor([{"role": "user", "content": [{"type": "video", "video": str(path)}]}])
     ((count, height, width),) = sample.grids
     grid = (height // vision.spatial_merge_size, width // vision.spatial_merge_size)
@@ -60,7 +67,7 @@ def reason(
         world = world_of(
             [scene],
             encoded_features(model.model, model.params, [sample], patches),
-            WorldSize(patches, texts=1, text_tokens=1, segments=1),
+            room(patches),
             tokenizer,
             model.params["embed_tokens"]["embedding"],
         )

@@ -1,6 +1,6 @@
-"""The demo's promise, from nothing: the experiment it trains reaches its goals and answers about a new file.
+"""The digits' experiment, from nothing: it reaches its goals and answers about a new file.
 
-The same commands as launch/demo.sh, in processes of their own, because tests have eight fake devices.
+The commands are run in processes of their own, because tests have eight fake devices.
 """
 
 import json
@@ -26,7 +26,7 @@ def run(*argv: str | Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_demo_reaches_its_goals(tmp_path: Path):
+def test_the_digits_experiment_reaches_its_goals(tmp_path: Path):
     model = tmp_path / "model"
     run("iv3jax.cli", "train", "--config", "digits", "--out", tmp_path)
     bench = json.loads(run("iv3jax.cli", "bench", "digits", "--model", model, "--samples", "300", "--json"))
