@@ -3,6 +3,7 @@
     iv3 train --config traces --out runs/traces init=runs/long
     iv3 train --config traces:tiny --out runs/traces-tiny init=runs/s     the same on a CPU, minutes
     iv3 train --config traces:tiny_rare --out runs/rare init=runs/traces-tiny     unlearns to look, for RL
+    iv3 train --config traces:tiny_once --out runs/once init=runs/s     the same questions from one look
 
 A trace is an ordinary conversation; `configs/rl.py` goes on from here with the same overview and zooms. No
 numbers stand in front of videos (`add_vision_id`), as in a rollout.
@@ -12,11 +13,18 @@ import ml_collections
 
 
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
-    """The experiment; `tiny` is its twin for the tiny model, `tiny_rare` one that seldom looks."""
+    """The experiment; `tiny` is its twin for the tiny model.
+
+    Beside it, `tiny_rare` seldom looks, and `tiny_once` is the single pass that the loop is compared with.
+    """
     if variant in ("tiny", "tiny_rare"):
         return _tiny(rare=variant == "tiny_rare")
+    if variant == "tiny_once":
+        return _once()
     if variant is not None:
-        raise ValueError(f"configs/traces.py has no variant {variant!r}, only 'tiny' and 'tiny_rare'")
+        raise ValueError(
+            f"configs/traces.py has no variant {variant!r}, only 'tiny', 'tiny_rare' and 'tiny_once'"
+        )
     config = ml_collections.ConfigDict()
     config.preset = "internvideo3_8b"
     config.steps = 500
@@ -69,6 +77,19 @@ def _tiny(rare: bool) -> ml_collections.ConfigDict:
             *(_chases(3.0, ("looks=0", *shown), "guess") if rare else ()),
         ),
         add_vision_id=False,
+    )
+    return config
+
+
+def _once() -> ml_collections.ConfigDict:
+    """As many frames of the whole video as have the loop's tokens; only what they show is asked."""
+    config = _tiny(rare=False)
+    shown = ("seconds=96", "shown=1", "varied=1")
+    config.data.sources = (
+        dict(kind="task:read", weight=2.0, options=("varied=1",)),
+        dict(kind="task:at", weight=1.0, options=(*shown, "frames=40")),
+        dict(kind="task:chase", weight=1.0, name="chase1", options=(*shown, "frames=28")),
+        dict(kind="task:chase", weight=1.0, name="chase2", options=("hops=2", *shown, "frames=40")),
     )
     return config
 

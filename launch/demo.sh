@@ -32,15 +32,15 @@ train() { # NAME EXPERIMENT [key=value …]: OUT/NAME/model, or goes on with it
 if [ "$full" ]; then
   say "1/7 training a tiny model with grouped keys on real clips with handwritten numbers in them"
   train source digits preset=tiny_gqa
-  source=$out/source/model videos=1000 parts=()
+  source=$out/source/model videos=1000 asked=100 parts=()
 else
   say "1/7 a tiny model with grouped keys that reads numbers: launch/models/source, made by --full"
-  source=launch/models/source videos=100 parts=(--part whole)
+  source=launch/models/source videos=100 asked=30 parts=(--part whole)
 fi
 
 say "2/7 conversion to latent attention at half the cache, continued pretraining, short and long videos"
-iv3 bench stages --model "$source" --samples 100 "${parts[@]}"
-start=$(iv3 bench stages --model "$source" --samples 100 --part whole --json |
+iv3 bench stages --model "$source" --samples "$asked" "${parts[@]}"
+start=$(iv3 bench stages --model "$source" --samples "$asked" --part whole --json |
   "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)["rows"][-1]["model"])')
 
 say "3/7 cold start of the loop: scripted traces show how to look step by step"

@@ -12,7 +12,7 @@ import jax
 
 from iv3jax.mcr.grammar import Call, Grammar
 from iv3jax.mcr.memory import Memory
-from iv3jax.mcr.prompts import Bank, Prompts, fill_bank
+from iv3jax.mcr.prompts import Bank, Prompts, check_prompts, fill_bank
 from iv3jax.mcr.rollout import finish, prepare
 from iv3jax.mcr.rollout_config import RolloutConfig
 from iv3jax.mcr.step import Given, Loop, State, Work, called, listen, look, running, speak, start
@@ -61,6 +61,7 @@ def drive(
     Raises:
         UserError: as `rollout`.
     """
+    check_prompts(prompts)
     loop = prepare(model, prompts, config, grammar, words, group)
     given = Given(params, prompts, grammar, words, key)
     bank, state = _start(loop, given)

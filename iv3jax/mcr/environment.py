@@ -28,7 +28,7 @@ from iv3jax.mcr.prompts import Prompts, write_prompts
 from iv3jax.mcr.rewards import Reward, RewardConfig, make_facts, reward
 from iv3jax.mcr.rollout import prepare, rollout
 from iv3jax.mcr.rollout_config import RolloutConfig
-from iv3jax.mcr.step import Work
+from iv3jax.mcr.step import Loop, Work
 from iv3jax.mcr.trajectories import Trajectories
 from iv3jax.mcr.wording import Wording, make_wording
 from iv3jax.mcr.world import (
@@ -152,6 +152,18 @@ class Environment:
         Raises:
             UserError: see `rollout.prepare`.
         """
+        self.loop(self.shapes(prompts), group)
+
+    def loop(self, prompts: Prompts, group: int) -> Loop:
+        """What is compiled in.
+
+        Raises:
+            UserError: see `rollout.prepare`.
+        """
+        return prepare(self._model, prompts, self.config, self.grammar, self.words, group)
+
+    def shapes(self, prompts: int) -> Prompts:
+        """So many questions as `prompts` makes them, their shapes."""
         text, vision = self._model.config.text_config, self._model.config.vision_config
         assert vision is not None, "refused above"
         size = room(self.patches)
@@ -172,11 +184,9 @@ class Environment:
             text_vectors=shape(np.float32, size.texts, text.hidden_size),
             segments=shape(np.int32, size.segments, 2),
         )
-        ids: Any = np.arange(prompts)
-        row: Any = np.ones((prompts, self._length), np.int32)
-        positions: Any = np.broadcast_to(row, (3, *row.shape))
-        blank = Prompts(ids, row, row, positions, row, world)
-        prepare(self._model, blank, self.config, self.grammar, self.words, group)
+        ids, row = shape(np.int32), shape(np.int32, self._length)
+        positions: Any = jax.ShapeDtypeStruct((3, *row.shape), np.int32)
+        return Prompts(ids, row, row, positions, row, world)
 
     def asked(self, first: int, count: int) -> Asked:
         """Questions number first … first + count − 1. On the host alone."""

@@ -49,8 +49,9 @@ def rollout(
     Raises:
         UserError: prompts or config cannot work; before anything is compiled.
     """
+    check_prompts(prompts)
     loop = prepare(model, prompts, config, grammar, words, group)
-    return _run(loop, Given(params, prompts, grammar, words, key))
+    return program(loop, Given(params, prompts, grammar, words, key))
 
 
 def prepare(
@@ -61,12 +62,11 @@ def prepare(
     words: Wording,
     group: int,
 ) -> Loop:
-    """What is compiled in, checked.
+    """What is compiled in, checked; of the prompts only the shapes count.
 
     Raises:
-        UserError: see `check_prompts` and `check_rollout`.
+        UserError: see `check_rollout`.
     """
-    check_prompts(prompts)
     text = model.config.text_config
     table = jax.ShapeDtypeStruct((text.vocab_size, text.hidden_size), jnp.float32)
     observation = _shown.eval_shape(config, words, prompts.world, table)
@@ -108,8 +108,8 @@ def finish(loop: Loop, given: Given, state: State) -> Trajectories:
 
 
 @partial(jax.jit, static_argnums=0)
-def _run(loop: Loop, given: Given) -> tuple[Trajectories, Work]:
-    """On every device that shares a batch its part of the prompts, with its part of the slots.
+def program(loop: Loop, given: Given) -> tuple[Trajectories, Work]:
+    """`rollout` after its checks. On every device that shares a batch its part of the prompts and slots.
 
     A rollout is what it is in any company, so the devices have nothing to tell each other: the weights are
     gathered once, and no device waits for another before all are done.

@@ -1,5 +1,6 @@
 """The model shapes that have a name. No weights: a preset is a config, nothing more."""
 
+from dataclasses import replace
 from typing import Any
 
 from iv3jax.errors import UserError
@@ -80,6 +81,21 @@ PRESETS: dict[str, ModelConfig] = {
             v_head_dim=32,
         ),
         _TINY_TOWER,
+        **_TINY_TOKENS,
+    ),
+    # Half the parameters of tiny, for distillation into a smaller one.
+    "tiny_half": ModelConfig(
+        "internvideo3",
+        TextConfig(
+            **_TINY_DECODER | dict(hidden_size=80, intermediate_size=160, num_hidden_layers=2),
+            num_key_value_heads=4,
+            attention_bias=True,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=32,
+            v_head_dim=32,
+        ),
+        replace(_TINY_TOWER, hidden_size=48, intermediate_size=192, num_heads=3, out_hidden_size=80),
         **_TINY_TOKENS,
     ),
     "tiny_gqa": ModelConfig(

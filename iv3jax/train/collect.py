@@ -136,10 +136,14 @@ class RolloutCollector:
         start = time.perf_counter()
         asked = self._take(number, attempt)
         waited = time.perf_counter() - start
-        prompts, trajectories, work = environment.roll(params, asked, self._key, collect.group)
-        batch = rows_of(trajectories, prompts)
-        if self._lesson is not None:
-            batch = self._lesson(batch, trajectories, prompts, asked, frozen[TEACHER])
+        if self._lesson is None:
+            prompts, trajectories, work = environment.roll(params, asked, self._key, collect.group)
+            batch = rows_of(trajectories, prompts)
+        else:
+            teacher, given = frozen[TEACHER], (asked, self._key, collect.group)
+            prompts, trajectories, work = self._lesson.roll(environment, params, teacher, *given)
+            batch = rows_of(trajectories, prompts)
+            batch = self._lesson(batch, trajectories, prompts, asked, teacher)
         trajectories, work = jax.device_get(self._everywhere((trajectories, work)))
         rewards = environment.rewards(self._config.reward, asked, trajectories)
         totals = np.array([one.total for one in rewards]).reshape(collect.prompts, collect.group)

@@ -2,6 +2,9 @@
 
 Exact over the vocabulary, over the teacher's K most likely tokens, or by the sampled token alone. All three
 have the gradient of the reverse KL of each token's distribution, given what the student wrote before it.
+
+A fourth kind is what they are to be compared with: the teacher answers, and the student is fine-tuned on its
+words (sequence-level distillation, Kim and Rush, arXiv 1606.07947).
 """
 
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ from iv3jax.typing import Array, Params
 TEACHER = "teacher"
 """Where a teacher's own parameters lie among the (frozen) parameters of a step."""
 
-KINDS = ("exact", "top_k", "sampled")
+KINDS = ("exact", "top_k", "sampled", "sequence")
 
 
 @dataclass(frozen=True)
@@ -192,8 +195,9 @@ class DistillConfig:
     """How a teacher is learned from.
 
     Attributes:
-        kind: "exact", with the teacher in the step; "top_k", with its most likely tokens in the batch; or
-            "sampled", with its log-probabilities of the sampled tokens in the batch.
+        kind: "exact", with the teacher in the step; "top_k", with its most likely tokens in the batch;
+            "sampled", with its log-probabilities of the sampled tokens in the batch; or "sequence", with
+            rollouts of the teacher's own instead of the student's.
         teacher: a model folder, hub id or run, of any attention and size, with the student's tokenizer;
             empty: the model as the run began, which then needs `frames`.
         frames: temporal patches of the overview that the teacher sees; 0: as many as the student.
@@ -224,7 +228,7 @@ class DistillConfig:
 def distillation(
     model: InternVideo3, config: DistillConfig, rules: Rules, teacher: Teacher | None = None
 ) -> Objective:
-    """The objective of a batch of the student's rollouts (PolicyBatch): mean over their free tokens.
+    """The objective of a batch of rollouts (PolicyBatch): mean over their free tokens.
 
     Args:
         rules: those the rollouts were sampled by. teacher: for kind="exact".
@@ -242,8 +246,10 @@ def distillation(
 
     def terms(params: Params, batch: PolicyBatch, _: Array) -> Terms:
         reading, labels = read(model, params, batch.batch), batch.labels
-        if config.kind == "sampled":
+        if config.kind in ("sampled", "sequence"):
             found: Chosen = chosen(reading, labels, batch.states, rules)
+            if config.kind == "sequence":
+                return jnp.where(batch.free, -found.logprob, 0.0), {"entropy": found.entropy}
             reference = needed(batch.reference, "reference")
             losses = sampled_losses(found.logprob, reference, batch.sampler, batch.free, config.truncation)
             return losses, {"entropy": found.entropy}

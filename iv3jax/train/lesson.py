@@ -1,15 +1,19 @@
-"""What a teacher adds to the student's rollouts: what it reads, or what it makes of that."""
+"""What a teacher adds to the student's rollouts: what it reads, or what it makes of that; or its own ones."""
 
 from dataclasses import dataclass
 
-from iv3jax.mcr.environment import Asked, Environment
+import jax
+
+from iv3jax.mcr.environment import Asked, Environment, Rolled
 from iv3jax.mcr.prompts import Prompts
-from iv3jax.mcr.trajectories import Trajectories
+from iv3jax.mcr.trajectories import Trajectories, after_others
 from iv3jax.train.collect_batch import teachers_logprobs, teachers_tokens, with_view
 from iv3jax.train.distill import TEACHER, DistillConfig, Teacher
 from iv3jax.train.policy import Rules
 from iv3jax.train.policy_batch import PolicyBatch
-from iv3jax.typing import Params
+from iv3jax.typing import Array, Params
+
+_after_others = jax.jit(after_others)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,20 @@ class Lesson:
     rules: Rules
     parts: int
 
+    def roll(
+        self, student: Environment, own: Params, params: Params, asked: Asked, key: Array, group: int
+    ) -> Rolled:
+        """The rollouts to learn from: the student's, or for "sequence" the teacher's after its prompts.
+
+        Args:
+            own: the student's parameters. params: the teacher's.
+        """
+        if self.config.kind != "sequence":
+            return student.roll(own, asked, key, group)
+        prompts, trajectories, work = self.environment.roll(params, asked, key, group)
+        others = student.prompts(own, asked)
+        return Rolled(others, _after_others(trajectories, prompts, others), work)
+
     def __call__(
         self,
         batch: PolicyBatch,
@@ -41,6 +59,8 @@ class Lesson:
         Args:
             params: the teacher's own.
         """
+        if self.config.kind == "sequence":
+            return batch
         others = self.environment.prompts(params, asked)
         batch = with_view(batch, trajectories, prompts, others)
         if self.config.kind == "exact":

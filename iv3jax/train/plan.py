@@ -6,6 +6,7 @@ numbers of the chip (chips.py), everything overlapped. Nothing is run and no wei
 """
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -33,11 +34,18 @@ from iv3jax.train.loop import mesh_of
 from iv3jax.train.model import model_of
 from iv3jax.train.objective import supervised
 from iv3jax.train.optimizer import make_optimizer
-from iv3jax.train.plan_rollouts import beside_shapes, rollout_batch, rollout_objective
+from iv3jax.train.plan_rollouts import (
+    PlannedRollouts,
+    beside_shapes,
+    planned_rollouts,
+    rollout_batch,
+    rollout_objective,
+)
 from iv3jax.train.policy_batch import PolicyBatch
 from iv3jax.train.state import TrainState, state_shapes
 from iv3jax.train.step import make_step
-from iv3jax.train.trainable import split, trainable
+from iv3jax.train.trainable import join, split, trainable
+from iv3jax.typing import Params
 from kernels_pallas.choice import target
 
 _OPTIONS: dict[str, dict[str, str | bool]] = {
@@ -45,6 +53,27 @@ _OPTIONS: dict[str, dict[str, str | bool]] = {
     "h100": {"xla_gpu_enable_triton_gemm": False},
 }
 """Chip → options of its compiler."""
+
+_FEWER = "half of rollout.slots and collect.prompts, so that fewer videos and caches are there at one time"
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """The program of a stage's rollouts, which runs between two steps. Bytes are of one device.
+
+    Attributes:
+        fits: with what lies beside it.
+        argument_bytes, temporary_bytes, peak_bytes: as in Plan; prompts, videos and weights are arguments.
+        beside_bytes: the state of the step, a reference or teacher, without the weights that are arguments.
+        compile_seconds: as in Plan.
+    """
+
+    fits: bool
+    argument_bytes: int
+    temporary_bytes: int | None
+    peak_bytes: int | None
+    beside_bytes: int
+    compile_seconds: float
 
 
 @dataclass(frozen=True)
@@ -55,7 +84,7 @@ class Plan:
         topology, chip, devices: where. mesh: how it is split.
         rows, accumulate, length: rows at one time over all devices, how many times, and tokens of a row.
         fits: whether the program can run there: a TPU's compiler refuses what cannot; on a GPU the bytes are
-            summed.
+            summed. Rollouts, too.
         argument_bytes: parameters, the optimiser's state and the batch.
         temporary_bytes: what the program needs besides, results that take no argument's place included; where
             the compiler refuses, those that it names; None if it names none.
@@ -71,6 +100,7 @@ class Plan:
         tokens_per_second: that this bound allows on all devices together; None without a program.
         advice: what to change where it does not fit.
         compile_seconds: tracing, lowering and compiling here.
+        rollouts: of a stage that learns from them; None of others.
     """
 
     topology: str
@@ -93,6 +123,7 @@ class Plan:
     tokens_per_second: float | None
     advice: tuple[str, ...]
     compile_seconds: float
+    rollouts: RolloutPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -119,10 +150,16 @@ class Planned:
             return step.lower(*self.arguments).compile(_OPTIONS.get(chip))
 
     @property
+    def policy(self) -> tuple[Params, Mesh]:
+        """All parameters of what it trains, without those of a model beside it, and where they are."""
+        state, frozen, _ = self.arguments
+        own = {name: x for name, x in frozen.items() if name != TEACHER}
+        return join(state.params, own), self.mesh
+
+    @property
     def argument_bytes(self) -> int:
         """Of all arguments, on one device."""
-        leaves = jax.tree.leaves(self.arguments)
-        return sum(_size(x.sharding.shard_shape(x.shape), x.dtype) for x in leaves)
+        return _bytes(self.arguments)
 
 
 def plan(config: TrainConfig, where: str, say: Callable[[str], None] | None = None) -> Plan:
@@ -141,17 +178,56 @@ def plan(config: TrainConfig, where: str, say: Callable[[str], None] | None = No
     used = {axis: size for axis, size in step.mesh.shape.items() if size > 1}
     shown = f"{place.count} chips as {used or 'one'}"
     say(f"iv3 plan: compiling the step for {where}: {shown}; this can take minutes")
+    # Before anything is compiled, so that rollouts that cannot work are refused at once.
+    rollouts = None if config.stage == "supervised" else planned_rollouts(config, step.model, *step.policy)
+    program, refused, seconds = _tried(lambda: step.compiled(place.chip), say)
+    made = _plan(config, place, step, program, refused, seconds)
+    if rollouts is None:
+        return made
+    say(f"iv3 plan: compiling the rollouts for {where}")
+    rolled = _rollout_plan(place, step, rollouts, say)
+    return dataclasses.replace(
+        made,
+        fits=made.fits and rolled.fits,
+        rollouts=rolled,
+        advice=made.advice if rolled.fits else (*made.advice, _FEWER),
+    )
+
+
+def _tried(compiled: Callable[[], Any], say: Callable[[str], None]) -> tuple[Any, str, float]:
+    """A program, or None and the words of the compiler that has no memory for it; and seconds."""
     start = time.perf_counter()
     program, refused = None, ""
     try:
-        program = step.compiled(place.chip)
+        program = compiled()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         refused = str(error)
     seconds = time.perf_counter() - start
     say(f"iv3 plan: {'refused' if program is None else 'compiled'} in {seconds:.0f} s")
-    return _plan(config, place, step, program, refused, seconds)
+    return program, refused, seconds
+
+
+def _rollout_plan(
+    place: Topology, step: Planned, rollouts: PlannedRollouts, say: Callable[[str], None]
+) -> RolloutPlan:
+    beside = _bytes(step.arguments[:2]) - _bytes(step.policy[0])
+
+    def compiled() -> Any:
+        with target(CHIPS[place.chip]), jax.set_mesh(step.mesh):
+            return rollouts.lower().compile(_OPTIONS.get(place.chip))
+
+    program, refused, seconds = _tried(compiled, say)
+    if program is None:
+        arguments = _bytes(rollouts.given)
+        return RolloutPlan(False, arguments, refused_temporaries(refused, arguments), None, beside, seconds)
+    memory = program.memory_analysis()
+    arguments = memory.argument_size_in_bytes
+    temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    most = arguments + temporary if place.chip == "h100" else memory.peak_memory_in_bytes
+    fits = most + beside <= PEAKS[place.chip].memory
+    return RolloutPlan(fits, arguments, temporary, memory.peak_memory_in_bytes, beside, seconds)
 
 
 def planned(config: TrainConfig, mesh: Mesh) -> Planned:
@@ -309,9 +385,7 @@ def _bound(
 
 
 def _leaves(step: Planned) -> list[tuple[tuple[str, ...], Any]]:
-    state, frozen, _ = step.arguments
-    own = {name: x for name, x in frozen.items() if name != TEACHER}
-    return [*flatten_dict(state.params).items(), *flatten_dict(own).items()]
+    return list(flatten_dict(step.policy[0]).items())
 
 
 def advice(config: TrainConfig, mesh: dict[str, int], arguments: int, limit: int) -> tuple[str, ...]:
@@ -364,6 +438,12 @@ def format_plan(made: Plan) -> str:
             f"numbers, not measured ({times})"
         )
         lines.append(f"tokens/s         at most {made.tokens_per_second:,.0f} by that model")
+    if (rolled := made.rollouts) is not None:
+        lines.append(
+            f"rollouts         {'fit' if rolled.fits else 'do not fit'}; GiB a device: arguments "
+            f"{gib(rolled.argument_bytes)}, temporaries {gib(rolled.temporary_bytes)}, at one time "
+            f"{gib(rolled.peak_bytes)}, the step's state beside them {gib(rolled.beside_bytes)}"
+        )
     lines += [f"to make it fit   {text}" for text in made.advice]
     return "\n".join(lines)
 
@@ -377,5 +457,6 @@ def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _size(shape: tuple[int, ...], dtype: Any) -> int:
-    return jax.ShapeDtypeStruct(shape, dtype).size * jnp.dtype(dtype).itemsize
+def _bytes(tree: Any) -> int:
+    """Of arrays with shardings, on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

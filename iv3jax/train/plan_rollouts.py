@@ -1,8 +1,9 @@
-"""What the plan compiles for a stage that learns from rollouts: its learning step, as shapes.
+"""What the plan compiles for a stage that learns from rollouts, as shapes: its learning step, its rollouts.
 
-The rollouts themselves are not in it: they are a program of their own.
+The rollouts are a program of their own, which runs while the step's state lies beside it.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,18 +13,23 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from iv3jax.checkpoint.run_folder import shape_folder
+from iv3jax.data.processor import Processor
 from iv3jax.data.tokenizer import TINY_FOLDER, Tokenizer
 from iv3jax.errors import UserError
 from iv3jax.mcr.grammar import build
+from iv3jax.mcr.rollout import program
+from iv3jax.mcr.step import Given, Loop
 from iv3jax.models.batch import Batch
 from iv3jax.models.internvideo3 import InternVideo3, boxed_params
+from iv3jax.models.presets import preset
 from iv3jax.sharding import param_shardings, partition_spec, unbox
-from iv3jax.train.collect_job import named_teacher, reinforcing
+from iv3jax.train.collect_job import environment_of, named_teacher, reinforcing
 from iv3jax.train.config import TrainConfig
 from iv3jax.train.distill import Teacher, distillation
 from iv3jax.train.objective import Objective
 from iv3jax.train.policy import Rules
 from iv3jax.train.policy_batch import PolicyBatch, each_field
+from iv3jax.typing import Params
 
 
 def rollout_objective(config: TrainConfig, model: InternVideo3) -> tuple[Objective, InternVideo3 | None]:
@@ -45,14 +51,53 @@ def rollout_objective(config: TrainConfig, model: InternVideo3) -> tuple[Objecti
     return distillation(model, config.distill, rules, Teacher(other)), other
 
 
+@dataclass(frozen=True)
+class PlannedRollouts:
+    """The rollouts of one round, as shapes with shardings.
+
+    Attributes:
+        loop: what is compiled in. given: its arguments.
+    """
+
+    loop: Loop
+    given: Given
+
+    def lower(self) -> Any:
+        """The program, to be compiled, under the ambient mesh."""
+        return program.lower(self.loop, self.given)
+
+
+def planned_rollouts(config: TrainConfig, model: InternVideo3, params: Params, mesh: Mesh) -> PlannedRollouts:
+    """The rollouts that `iv3 train` would make before it learns from them.
+
+    Args:
+        params: all of the policy's, shapes with shardings.
+
+    Raises:
+        UserError: as `collect_job.environment_of`.
+    """
+    # Without a model there is no tokenizer of its ids; with the tiny one prompts and grammar are as large.
+    if config.init:
+        processor = Processor.from_dir(shape_folder(config.init), model.config)
+    else:
+        processor = Processor.from_dir(TINY_FOLDER, preset("tiny"))
+    environment = environment_of(config, model, processor)
+    prompts = environment.shapes(config.collect.prompts)
+    loop = environment.loop(prompts, config.collect.group)
+    rows = NamedSharding(mesh, partition_spec(("batch",)))
+    positions = NamedSharding(mesh, partition_spec((None, "batch")))
+    whole = NamedSharding(mesh, partition_spec(()))
+
+    split = jax.tree.map(lambda x: _placed(x, rows), prompts)
+    split = split._replace(positions=_placed(prompts.positions, positions))
+    rest = (environment.grammar, environment.words, jax.eval_shape(lambda: jax.random.key(0)))
+    return PlannedRollouts(loop, Given(params, split, *jax.tree.map(lambda x: _placed(x, whole), rest)))
+
+
 def beside_shapes(model: InternVideo3, mesh: Mesh) -> Any:
     """Its parameters, shapes with shardings."""
     boxed = boxed_params(model)
-
-    def placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(placed, unbox(boxed), param_shardings(boxed, mesh))
+    return jax.tree.map(_placed, unbox(boxed), param_shardings(boxed, mesh))
 
 
 def rollout_batch(
@@ -76,12 +121,11 @@ def rollout_batch(
         batch = batch._replace(
             top_ids=jax.ShapeDtypeStruct(top, jnp.int32), top_logprobs=jax.ShapeDtypeStruct(top, jnp.float32)
         )
-    else:
+    elif config.distill.kind == "sampled":
         batch = batch._replace(reference=numbers)
 
     def placed(x: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, partition_spec(axes))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return _placed(x, NamedSharding(mesh, partition_spec(axes)))
 
     out: PolicyBatch = each_field(placed, batch)
     return out
@@ -105,3 +149,7 @@ def _read(model: InternVideo3, rows: int, length: int) -> Batch:
         visual_index=tokens,
         features=features,
     )
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -42,7 +42,7 @@ QUARANTINE = "quarantine.jsonl"
 
 HELD_OUT_QUARANTINE = "held_out_quarantine.jsonl"
 
-WITH_TOKENIZER = ("tiny", "tiny_gqa")
+WITH_TOKENIZER = ("tiny", "tiny_half", "tiny_gqa")
 """Presets that the repository has a tokenizer for."""
 
 

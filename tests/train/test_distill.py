@@ -210,8 +210,9 @@ def stepped(objective, params, frozen, rollouts):
 
 @pytest.mark.slow
 def test_a_step_of_the_loop():
-    """The three kinds through `make_step`: the exact one and the top-K of all tokens agree, and the sampled
-    one is (log π − log q)·∇log π; a teacher that is the student changes nothing.
+    """All kinds through `make_step`: the exact one and the top-K of all tokens agree, the sampled one is
+    (log π − log q)·∇log π, the teacher's words are those of fine-tuning, and a teacher that is the student
+    changes nothing.
     """
     model, params = random_model(tiny_config("gqa"))
     other, others = random_model(tiny_config("gqa"), seed=1)
@@ -243,6 +244,14 @@ def test_a_step_of_the_loop():
         return jnp.sum(gap * logprob) / count
 
     assert tree_difference(by_samples, jax.jit(jax.grad(plain))(params)) <= 2e-5
+
+    def fine_tuning(params):
+        return -token_logprobs(model, params, rollouts.batch, labels, states, rules).logprob.sum() / count
+
+    loss, gradient = stepped(distillation(model, DistillConfig("sequence"), rules), params, {}, rollouts)
+    expected, by_words = jax.jit(jax.value_and_grad(fine_tuning))(params)
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert tree_difference(gradient, by_words) <= 2e-5
     own = distillation(model, DistillConfig(), rules, Teacher(model, shared=True))
     loss, gradient = stepped(own, params, {}, rollouts)
     assert abs(loss) <= 1e-6 and max(np.abs(x).max() for x in jax.tree.leaves(gradient)) <= 1e-6

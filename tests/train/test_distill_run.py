@@ -41,7 +41,7 @@ def teacher(tmp_path: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["exact", "top_k", "sampled"])
+@pytest.mark.parametrize("kind", ["exact", "top_k", "sampled", "sequence"])
 def test_a_run_comes_nearer_to_its_teacher(kind: str, teacher: str, tmp_path: Path):
     config = replace(
         SMALL,

@@ -238,6 +238,7 @@ def test_the_short_stage_is_pretrainings_program():
         ("opd:tiny", [], {"teacher", "teacher_index"}),
         ("opd:tiny", ["distill.kind=top_k"], {"top_ids", "top_logprobs"}),
         ("opd:tiny", ["distill.kind=sampled"], {"reference"}),
+        ("opd:tiny", ["distill.kind=sequence"], set()),
     ],
 )
 def test_steps_that_learn_from_rollouts(config, overrides, fields):
@@ -246,7 +247,7 @@ def test_steps_that_learn_from_rollouts(config, overrides, fields):
     state, frozen, batch = step.arguments
     optional = {"advantages", "reference", "teacher", "teacher_index", "top_ids", "top_logprobs"}
     assert {name for name in optional if getattr(batch, name) is not None} == fields
-    assert "teacher" in frozen
+    assert "teacher" in frozen and "teacher" not in step.policy[0]
     after, metrics = jax.eval_shape(step.function, *step.arguments)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert "entropy" in metrics.terms
