@@ -61,7 +61,7 @@ def _tiny(rare: bool) -> ml_collections.ConfigDict:
     """
     config = ml_collections.ConfigDict()
     config.preset = "tiny"
-    config.steps = 200 if rare else 1200
+    config.steps = 200 if rare else 2400
     config.rows = 8
     config.length = 256
     config.chunks = 20
