@@ -86,6 +86,10 @@ def test_prompts_are_the_questions_with_an_overview():
     assert own.config.tools.grid == (1, 1) and own.patches == 32
     params = jax.jit(lambda: init_params(MODEL, jax.random.key(0)))()
     prompts = own.prompts(params, asked)
+    planned = own.shapes(2)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), prompts) == jax.tree.map(
+        lambda x: (x.shape, np.dtype(x.dtype)), planned
+    )
     assert prompts.tokens.shape == (2, 112) and prompts.world.features.shape[:3] == (2, 32, 1)
     for row, question in enumerate(asked.questions):
         real = np.asarray(prompts.segment_ids[row]) != 0
@@ -100,7 +104,7 @@ def test_what_cannot_work_is_refused():
         environment(config=replace(ROLLOUT, budget=30)).check(prompts=2, group=2)
 
 
-@pytest.mark.parametrize("name", ["rl", "rl:tiny", "traces", "traces:tiny"])
+@pytest.mark.parametrize("name", ["rl", "rl:tiny", "traces", "traces:tiny", "traces:tiny_once"])
 def test_sources_of_the_experiments_can_be_opened(name: str):
     for opened in open_sources(experiment(name).data):
         assert len(opened.source) == 100_000

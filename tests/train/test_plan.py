@@ -18,6 +18,7 @@ from iv3jax.train import plan as plan_module
 from iv3jax.train.config import MeshConfig, TrainConfig, experiment
 from iv3jax.train.feeds import place_batch
 from iv3jax.train.plan import Plan, advice, as_json, batch_shapes, format_plan, plan, planned
+from iv3jax.train.plan_rollouts import planned_rollouts
 from iv3jax.train.plan_table import BEGIN, END, HEAD, place, program_of, row
 
 GIB = 1 << 30
@@ -251,3 +252,19 @@ def test_steps_that_learn_from_rollouts(config, overrides, fields):
     after, metrics = jax.eval_shape(step.function, *step.arguments)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert "entropy" in metrics.terms
+
+
+@pytest.mark.medium
+def test_rollouts_are_planned_as_they_are_made():
+    """The whole policy, the frozen tower too, goes in, as many questions as are collected at one time; every
+    rollout of them comes out.
+    """
+    config = experiment("rl:tiny")
+    step = planned(config, make_mesh(jax.devices()[:1]))
+    rollouts = planned_rollouts(config, step.model, *step.policy)
+    assert "visual" in rollouts.given.params and "teacher" not in rollouts.given.params
+    with jax.set_mesh(step.mesh):
+        found, _ = rollouts.lower().out_info
+    assert found.record.tokens.shape == (16 * 8, config.length)
+    with pytest.raises(UserError, match="rollout.budget|budget of"):
+        planned_rollouts(experiment("rl:tiny", ["rollout.budget=20"]), step.model, *step.policy)
