@@ -15,6 +15,7 @@ from iv3jax.checkpoint.load import load
 from iv3jax.checkpoint.save import save
 from iv3jax.data.tokenizer import TINY_FOLDER
 from iv3jax.errors import UserError
+from iv3jax.mcr.trace import read_traces
 from iv3jax.train.choices import Choice, read_questions, write_choices
 from iv3jax.train.choose import choose
 from iv3jax.train.collect_config import CollectConfig, TracesConfig
@@ -41,7 +42,7 @@ def teacher(tmp_path: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["exact", "top_k", "sampled", "sequence"])
+@pytest.mark.parametrize("kind", ["exact", "top_k", "sampled"])
 def test_a_run_comes_nearer_to_its_teacher(kind: str, teacher: str, tmp_path: Path):
     config = replace(
         SMALL,
@@ -58,6 +59,26 @@ def test_a_run_comes_nearer_to_its_teacher(kind: str, teacher: str, tmp_path: Pa
     if kind != "sampled":
         # Another teacher's distribution is approached; a single token's advantage is too noisy to show it.
         assert losses[0] > 0 and np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_the_words_of_a_teacher(tmp_path: Path):
+    """One that was trained, so that its words can be learned: what is read is its own, not the student's."""
+    teacher = Path(__file__).parents[2] / "launch/models/teacher"
+    config = replace(
+        SMALL,
+        steps=12,
+        optimizer=replace(SMALL.optimizer, learning_rate=3e-3),
+        checkpoint=CheckpointConfig(),
+        distill=DistillConfig("sequence", str(teacher)),
+        traces=TracesConfig(every=12),
+    )
+    run(config, tmp_path / "run")
+    losses = [line["loss"] for line in lines(tmp_path / "run")]
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    answers = [trace["answer"] for trace in read_traces(tmp_path / "run/traces/12.jsonl")]
+    # Numbers, as the teacher was taught; the student, of random weights, says anything.
+    assert sum(answer.isdigit() for answer in answers) >= len(answers) / 2
 
 
 @pytest.mark.slow

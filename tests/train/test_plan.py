@@ -17,7 +17,7 @@ from iv3jax.sharding import make_mesh
 from iv3jax.train import plan as plan_module
 from iv3jax.train.config import MeshConfig, TrainConfig, experiment
 from iv3jax.train.feeds import place_batch
-from iv3jax.train.plan import Plan, advice, as_json, batch_shapes, format_plan, plan, planned
+from iv3jax.train.plan import Plan, RolloutPlan, advice, as_json, batch_shapes, format_plan, plan, planned
 from iv3jax.train.plan_rollouts import planned_rollouts
 from iv3jax.train.plan_table import BEGIN, END, HEAD, place, program_of, row
 
@@ -148,6 +148,11 @@ def test_what_is_said():
     text = format_plan(made())
     assert "v5p-128: 64 v5p chips as fsdp 64" in text and "fits             yes" in text
     assert "at least 50.00: a roofline model of peak numbers, not measured" in text
+    assert "rollouts" not in text
+    rolled = RolloutPlan(False, 1 * GIB, 90 * GIB, 80 * GIB, 20 * GIB, 60.0)
+    text = format_plan(made(fits=False, rollouts=rolled))
+    assert "rollouts         do not fit; GiB a device: arguments 1.00, temporaries 90.00" in text
+    assert "the step's state beside them 20.00" in text
     refused = made(
         fits=False,
         temporary_bytes=None,
@@ -266,5 +271,5 @@ def test_rollouts_are_planned_as_they_are_made():
     with jax.set_mesh(step.mesh):
         found, _ = rollouts.lower().out_info
     assert found.record.tokens.shape == (16 * 8, config.length)
-    with pytest.raises(UserError, match="rollout.budget|budget of"):
+    with pytest.raises(UserError, match="the budget of 20"):
         planned_rollouts(experiment("rl:tiny", ["rollout.budget=20"]), step.model, *step.policy)
