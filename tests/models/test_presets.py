@@ -96,9 +96,14 @@ def test_parameters_of_internvideo3_8b():
     assert parameters("internvideo3_8b") == 9_484_672_240
 
 
+def test_half_is_half():
+    assert parameters("tiny_half") <= parameters("tiny") / 2
+
+
 def test_unknown_preset():
     with pytest.raises(
-        UserError, match=r"^huge: no such preset; there are internvideo3_8b, qwen3_vl_8b, tiny, tiny_gqa$"
+        UserError,
+        match=r"^huge: no such preset; there are internvideo3_8b, qwen3_vl_8b, tiny, tiny_half, tiny_gqa$",
     ):
         preset("huge")
 
