@@ -51,6 +51,10 @@ _TINY_DECODER: dict[str, Any] = dict(
     mrope_section=(8, 4, 4),
 )
 
+_TINY_LATENTS: dict[str, Any] = dict(
+    num_key_value_heads=4, attention_bias=True, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32
+)
+
 _TINY_TOKENS: dict[str, Any] = dict(
     image_token_id=508, video_token_id=509, vision_start_token_id=510, vision_end_token_id=511
 )
@@ -73,12 +77,8 @@ PRESETS: dict[str, ModelConfig] = {
         "internvideo3",
         TextConfig(
             **_TINY_DECODER,
-            num_key_value_heads=4,
-            attention_bias=True,
+            **_TINY_LATENTS,
             kv_lora_rank=96,
-            qk_nope_head_dim=32,
-            qk_rope_head_dim=32,
-            v_head_dim=32,
         ),
         _TINY_TOWER,
         **_TINY_TOKENS,
@@ -88,12 +88,8 @@ PRESETS: dict[str, ModelConfig] = {
         "internvideo3",
         TextConfig(
             **_TINY_DECODER | dict(hidden_size=80, intermediate_size=160, num_hidden_layers=2),
-            num_key_value_heads=4,
-            attention_bias=True,
+            **_TINY_LATENTS,
             kv_lora_rank=64,
-            qk_nope_head_dim=32,
-            qk_rope_head_dim=32,
-            v_head_dim=32,
         ),
         replace(_TINY_TOWER, hidden_size=48, intermediate_size=192, num_heads=3, out_hidden_size=80),
         **_TINY_TOKENS,
