@@ -4,7 +4,6 @@ Every row stands beside its control, the same videos with the digits' pixels zer
 had without looking (chance, or the best fixed interval) and with perfect eyes (the trained answer itself).
 """
 
-import math
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from iv3jax.bench.interval import interval
 from iv3jax.bench.table import as_text
 from iv3jax.checkpoint.load import LoadedModel
 from iv3jax.data.collate import collate, round_up_bucket
@@ -67,7 +67,7 @@ class Result:
     """A row's figures. Scores are exact match, or mean temporal IoU for "when".
 
     Attributes:
-        low, high: 95 % interval of the score (Wilson for exact match, normal for the mean IoU).
+        low, high: 95 % interval of the score.
         control: the score with the digits' pixels zeroed, None for files.
         blind: the best score without looking.
         perfect: the score of the answers that training asks for.
@@ -179,23 +179,14 @@ def _result(
 ) -> Result:
     count, mean = len(scores), float(scores.mean())
     perfect = float(np.mean([score(question, question.answer) for _, question in made]))
+    low, high = interval(scores)
     if case.task == "when":
-        half = 1.96 * float(scores.std(ddof=1)) / math.sqrt(count)
-        low, high, blind = mean - half, mean + half, _best_fixed_interval(made)
-        recall = float((scores >= 0.5).mean())
+        blind, recall = _best_fixed_interval(made), float((scores >= 0.5).mean())
     else:
-        (low, high), recall = _wilson(mean, count), None
+        recall = None
         # "at" could guess one of the two numbers only if it could read them, so blind is 1 in 90.
         blind = 1 / 90
     return Result(case.name, count, mean, low, high, control, blind, perfect, recall)
-
-
-def _wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share."""
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    whole = 1 + z * z / count
-    return max((middle - half) / whole, 0.0), min((middle + half) / whole, 1.0)
 
 
 def _best_fixed_interval(made: list[tuple[DigitVideo, Question]]) -> float:

@@ -20,6 +20,7 @@ from iv3jax.bench.cells import Cells
 from iv3jax.bench.conversion import FOLDER as CONVERSIONS
 from iv3jax.bench.conversion_video import RECOVERED, calibration_of, trained_source, variants
 from iv3jax.bench.digits import answers
+from iv3jax.bench.interval import interval
 from iv3jax.bench.table import as_text
 from iv3jax.checkpoint.load import load
 from iv3jax.conversion.convert import convert
@@ -93,7 +94,7 @@ def bench_stages(
         source = model or str(trained_source(CONVERSIONS / "source"))
         asked = questions(videos, seed)
         folder = folder / Source.open(source).fingerprint()[:8]
-        cells = Cells(folder / f"{videos}-{seed}")
+        cells = Cells(folder / f"asked-{videos}-{seed}")
 
         def row(name: str, place: str, steps: int) -> dict[str, Any]:
             return {"name": name, "model": place, "steps": steps} | cells(name, lambda: measure(place, asked))
@@ -134,14 +135,15 @@ def questions(videos: int, seed: int) -> list[Asked]:
 
 
 def measure(folder: str, asked: Sequence[Asked]) -> dict[str, Any]:
-    """Column → mean score of a model's answers, and half of its 95 % interval."""
+    """Column → mean score of a model's answers, and low and high of its 95 % interval."""
     model = load(folder)
     found = {}
     for part in asked:
         texts = answers(model, (case.messages(answered=False) for case in part.cases))
-        scores = [score(case.questions[0], text) for case, text in zip(part.cases, texts, strict=True)]
-        half = 1.96 * float(np.std(scores, ddof=1)) / len(scores) ** 0.5
-        found[part.name] = [float(np.mean(scores)), half]
+        scores = np.array(
+            [score(case.questions[0], text) for case, text in zip(part.cases, texts, strict=True)]
+        )
+        found[part.name] = [float(scores.mean()), *interval(scores)]
     return {"scores": found}
 
 
@@ -150,14 +152,14 @@ def format_table(result: dict[str, Any]) -> str:
     table = Table(
         title=f"after each stage, {result['videos']} held-out questions a column: exact match for at, "
         "mean temporal IoU for when",
-        caption="optimiser steps after the conversion; ± is half of a 95 % interval",
+        caption="steps: optimiser steps after the conversion. Below each score its 95 % interval",
     )
     table.add_column("model")
     table.add_column("steps", justify="right")
     for name in result["ceilings"]:
         table.add_column(name, justify="right")
     for row in result["rows"]:
-        shown = [f"{mean:.2f} ±{half:.2f}" for mean, half in row["scores"].values()]
+        shown = [f"{mean:.2f}\n{low:.2f}–{high:.2f}" for mean, low, high in row["scores"].values()]
         table.add_row(row["name"], str(row["steps"]), *shown, end_section=row["name"] == "converted")
     table.add_section()
     table.add_row("perfect eyes", "", *(f"{value:.2f}" for value in result["ceilings"].values()))

@@ -5,7 +5,6 @@ call), are what a single look at the whole video may spend. Each stands beside i
 with the numbers' pixels zeroed, and beside what perfect eyes could read with fewer or other looks.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from iv3jax.bench.conversion_video import cache_bytes
 from iv3jax.bench.digits import answers
+from iv3jax.bench.interval import interval
 from iv3jax.bench.table import as_text
 from iv3jax.checkpoint.load import LoadedModel, load
 from iv3jax.data.config import SourceConfig
@@ -123,13 +123,13 @@ def _row(name: str, model: LoadedModel, found: Looped, zeroed: Looped, asked: So
     cases = [source.case(i) for i in range(videos)]
     texts = answers(model, (case.messages(answered=False) for case in cases))
     once = [score(case.questions[0], text) for case, text in zip(cases, texts, strict=True)]
-    half = 1.96 * float(found.scores.std(ddof=1)) / math.sqrt(videos)
+    low, high = interval(found.scores)
     return Row(
         model=name,
         task=asked.name,
         loop=mean,
-        low=max(mean - half, 0.0),
-        high=min(mean + half, 1.0),
+        low=low,
+        high=high,
         control=float(zeroed.scores.mean()),
         once=float(np.mean(once)),
         ceiling=source.task.ceiling(frames),

@@ -6,7 +6,6 @@ import pytest
 from iv3jax.bench.digits import (
     CASES,
     _best_fixed_interval,
-    _wilson,
     bench_digits,
     format_table,
     make_case,
@@ -33,12 +32,6 @@ from iv3jax.data.digits import Event, Question
 )
 def test_score(task, text: str, expected: float):
     assert score(Question(task, "?", "42", Event(42, 2.0, 6.0)), text) == pytest.approx(expected)
-
-
-def test_wilson_interval():
-    # Brown, Cai and DasGupta (2001): 0 of 10 and 8 of 10.
-    assert _wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert _wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
 
 
 def test_the_control_differs_in_pixels_only():

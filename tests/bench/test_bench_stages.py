@@ -24,6 +24,6 @@ def test_long_is_eight_times_short():
 
 
 def test_table():
-    rows = [dict(name="source", steps=0, scores={"at 8 s": [0.5, 0.125]})]
+    rows = [dict(name="source", steps=0, scores={"at 8 s": [0.5, 0.25, 0.8]})]
     shown = format_table(dict(videos=4, seed=1, ceilings={"at 8 s": 0.75}, rows=rows))
-    assert "0.50 ±0.12" in shown and "perfect eyes" in shown and "0.75" in shown
+    assert "0.50" in shown and "0.25–0.80" in shown and "perfect eyes" in shown and "0.75" in shown

@@ -50,11 +50,13 @@ def pair(script: str, devices: tuple[int, int] = (1, 1)) -> Iterator[list[subpro
             process.communicate()
 
 
-def outputs(processes: list[subprocess.Popen], code: int = 0) -> list[tuple[str, str]]:
+def outputs(
+    processes: list[subprocess.Popen], code: int = 0, patience: float = PATIENCE
+) -> list[tuple[str, str]]:
     """Standard output, without gloo's own lines, and error of each, all of which must end with `code`."""
     done = []
     for process in processes:
-        out, err = process.communicate(timeout=PATIENCE)
+        out, err = process.communicate(timeout=patience)
         assert process.returncode == code, f"{process.returncode}\n{out}\n{err}"
         done.append(("".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")), err))
     return done

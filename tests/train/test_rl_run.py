@@ -106,19 +106,6 @@ def test_a_run_learns_from_its_rollouts_and_goes_on_exactly(tmp_path: Path, monk
     assert mine == (tmp_path / "whole" / "traces" / "4.jsonl").read_text()
 
 
-@pytest.mark.slow
-def test_two_devices_learn_what_one_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config = replace(SMALL, steps=2, traces=TracesConfig())
-    run(config, tmp_path / "one")
-    devices = jax.local_devices()[:2]
-    monkeypatch.setattr(jax, "devices", lambda *_: devices)
-    run(replace(config, mesh=MeshConfig(data=1, fsdp=2)), tmp_path / "two")
-    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        for name in ("loss", "grad_norm", "reward", "kl", "entropy"):
-            if name in one:
-                assert two[name] == pytest.approx(one[name], abs=1e-4), name
-
-
 @pytest.mark.parametrize(
     ("override", "words"),
     [
