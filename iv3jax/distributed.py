@@ -78,6 +78,10 @@ def start() -> Hosts:
             if arguments:
                 raise
     hosts = _hosts()
+    if hosts.processes > 1 and hosts.platform == "cpu":
+        # A CPU program from the cache runs its collectives in another order than one compiled here: where
+        # process 0 finds it there and process 1 does not, they wait for each other for ever (jax 0.10.2).
+        jax.config.update("jax_enable_compilation_cache", False)
     say(str(hosts))
     return hosts
 

@@ -22,6 +22,10 @@ if [ "$tier" = slow ]; then
 fi
 
 export JAX_PLATFORMS=cpu
+if [ "$tier" != slow ]; then
+  # Most of the time goes into compiling what runs once. The slow tier, demo and benches compile as users do.
+  export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+fi
 stage() { echo "[test] $*"; }
 
 if [ "$tier" != slow ]; then

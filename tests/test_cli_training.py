@@ -55,6 +55,14 @@ def test_bad_experiments(overrides, words, tmp_path: Path, capsys: pytest.Captur
     )
 
 
+def test_changes_may_stand_before_and_after_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    split = ["train", "--config", "digits:smoke", "steps=4", "--out", tmp_path, "steps=0"]
+    assert "steps 0 must be at least 1" in refused(capsys, *split)
+    with pytest.raises(SystemExit, match="2"):
+        main([*map(str, split), "--ouut"])
+    assert "unrecognized arguments: steps=0 --ouut" in capsys.readouterr().err
+
+
 def test_plan_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]):
     assert "v5p-128" in refused(capsys, "plan", "--config", "cpt", "--topology", "v6e-8")
     assert "no experiment" in refused(capsys, "plan", "--config", "nothing", "--topology", "v5p-128")

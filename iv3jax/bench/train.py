@@ -1,9 +1,10 @@
 """`iv3 bench train`: training steps of `tiny` on the digit videos, beside the same model in PyTorch.
 
-One process, fp32, AdamW, as many threads each as the machine has cores. Both take the same batches, one
-conversation about one video a row, and start from the same weights, so that their first losses agree. They
-take turns; the figures are medians over the rounds. Ours draws its batches from the feed that training uses,
-and waiting for it counts; PyTorch is handed tensors that are ready.
+One process, fp32, AdamW, as many threads each as the machine has cores. Both take the same samples in each
+step and start from the same weights, so that their first losses agree. Ours packs samples into rows, as
+training does; PyTorch has one sample a row, padded to the longest, as transformers' collators do. They take
+turns; the figures are medians over the rounds. Ours draws its batches from a feed as training does, and
+waiting for it counts; PyTorch is handed tensors that are ready.
 """
 
 import os
@@ -23,6 +24,8 @@ from iv3jax.checkpoint.export import export
 from iv3jax.checkpoint.load import LoadedModel, load
 from iv3jax.checkpoint.verify import require_torch, torch_model
 from iv3jax.data.collate import collate
+from iv3jax.data.packing import pack_rows
+from iv3jax.data.sample import Sample
 from iv3jax.models.batch import Batch
 from iv3jax.models.internvideo3 import boxed_params
 from iv3jax.sharding import make_mesh, param_shardings
@@ -41,11 +44,12 @@ RATE, DECAY, EPSILON, BETAS = 1e-3, 0.05, 1e-8, (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Row:
-    """One library's figures: tokens (padding not counted) a second, and milliseconds of a step."""
+    """One library's figures: tokens (padding not counted) a second, milliseconds of a step, padding's share."""
 
     name: str
     tokens_per_second: float
     step_ms: float
+    padding: float
     first_loss: float
 
 
@@ -62,8 +66,8 @@ def bench_train(rounds: int = ROUNDS, steps: int = STEPS) -> dict[str, Any]:
         ours, theirs = _Ours(load(place, dtype=np.float32)), _Torch(place)
         times: dict[str, list[float]] = {"iv3jax": [], "PyTorch": []}
         counts: dict[str, list[int]] = {"iv3jax": [], "PyTorch": []}
-        batches = [ours.draw() for _ in range(rounds * steps + 1)]
-        ready = [theirs.tensors(batch) for batch in batches]
+        alone = [ours.alone(step) for step in range(rounds * steps + 1)]
+        ready = [theirs.tensors(batch) for batch in alone]
         first = (ours.step(), theirs.step(*ready[0]))
         ours.waited = 0.0
         for number in range(rounds):
@@ -75,12 +79,14 @@ def bench_train(rounds: int = ROUNDS, steps: int = STEPS) -> dict[str, Any]:
                 for i in mine:
                     step(i)
                 times[name].append((time.perf_counter() - start) / steps)
-                counts[name].append(sum(int((batches[i].segment_ids != 0).sum()) for i in mine))
+                counts[name].append(sum(int((alone[i].segment_ids != 0).sum()) for i in mine))
         ours.close()
     rows = []
+    room = {"iv3jax": len(alone) * ROWS * LENGTH, "PyTorch": sum(batch.segment_ids.size for batch in alone)}
+    real = sum(int((batch.segment_ids != 0).sum()) for batch in alone)
     for (name, seconds), loss in zip(times.items(), first, strict=True):
         speed = statistics.median(n / (s * steps) for n, s in zip(counts[name], seconds, strict=True))
-        rows.append(Row(name, speed, 1e3 * statistics.median(seconds), loss))
+        rows.append(Row(name, speed, 1e3 * statistics.median(seconds), 1 - real / room[name], loss))
     return {
         "threads": os.cpu_count(),
         "rounds": rounds,
@@ -105,20 +111,23 @@ class _Ours:
         self._step = jax.jit(make_step(optimizer, supervised(loaded.model), 1, places), donate_argnums=0)
         params = jax.device_put(loaded.params, places, may_alias=False)
         self._state = new_state(params, optimizer, 0, self._mesh)
-        self._drawn = 0
         self._feed = StepFeed(self._batch_at)
         self.waited = 0.0
 
-    def _batch_at(self, step: int) -> Batch:
-        config = self._loaded.config
+    def _rows(self, step: int) -> list[list[Sample]]:
         stream = samples(np.random.default_rng([1, step]), self._loaded.processor, DigitsConfig(), 1.0)
-        rows = [[next(stream)] for _ in range(ROWS)]
-        return collate(rows, config, length=LENGTH, chunks=CHUNKS, chunk_patches=4)
+        return pack_rows(stream, ROWS, LENGTH, CHUNKS)
 
-    def draw(self) -> Batch:
-        """The next batch that the feed will give, for the other."""
-        self._drawn += 1
-        return self._batch_at(self._drawn - 1)
+    def _batch_at(self, step: int) -> Batch:
+        return self._collated(self._rows(step), LENGTH)
+
+    def alone(self, step: int) -> Batch:
+        """A step's samples with a row for each, padded to the longest."""
+        rows = [[sample] for row in self._rows(step) for sample in row]
+        return self._collated(rows, max(len(sample) for (sample,) in rows))
+
+    def _collated(self, rows: list[list[Sample]], length: int) -> Batch:
+        return collate(rows, self._loaded.config, length=length, chunks=CHUNKS, chunk_patches=4)
 
     def step(self) -> float:
         """One step with the feed's next batch → its loss."""
@@ -153,8 +162,9 @@ class _Torch:
 
         assert batch.patches is not None and batch.patch_segment_ids is not None
         assert batch.visual_index is not None
-        real = batch.patch_segment_ids.reshape(ROWS, -1) != 0
-        pixels = batch.patches.reshape(ROWS, real.shape[1], -1)[real].astype(np.float32) / 127.5 - 1
+        rows = len(batch.input_ids)
+        real = batch.patch_segment_ids.reshape(rows, -1) != 0
+        pixels = batch.patches.reshape(rows, real.shape[1], -1)[real].astype(np.float32) / 127.5 - 1
         per_video = real.sum(axis=1) // 4
         kinds = np.where(batch.visual_index >= 0, 2, 0)
         return {
@@ -182,19 +192,20 @@ class _Torch:
 def format_table(result: dict[str, Any]) -> str:
     """The rows as a table for people."""
     table = Table(
-        title=f"training `tiny`, {ROWS} videos of up to {LENGTH} tokens a step, fp32, "
+        title=f"training `tiny`, {ROWS} packed rows of {LENGTH} tokens a step, fp32, "
         f"{result['threads']} threads",
         caption=f"medians of {result['rounds']} rounds of {result['steps']} steps; {result['ratio']:.2f}× "
         f"PyTorch; waiting for data {result['wait_share']:.1%} of our time",
     )
     table.add_column("")
-    for head in ("tokens/s", "ms a step", "first loss"):
+    for head in ("tokens/s", "ms a step", "padding", "first loss"):
         table.add_column(head, justify="right")
     for row in result["rows"]:
         table.add_row(
             row["name"],
             f"{row['tokens_per_second']:,.0f}",
             f"{row['step_ms']:.1f}",
+            f"{row['padding']:.0%}",
             f"{row['first_loss']:.5f}",
         )
     return as_text(table, 110)

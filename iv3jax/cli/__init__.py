@@ -15,7 +15,13 @@ from iv3jax.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; a UserError becomes one line on stderr and exit code 2."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        # argparse takes one run of key=value only; those after a later option are here.
+        if not hasattr(args, "overrides") or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.overrides += rest
     try:
         return args.run(args)
     except UserError as error:
