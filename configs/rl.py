@@ -65,6 +65,7 @@ def _tiny() -> ml_collections.ConfigDict:
     config.steps = 120
     config.rows = 32
     config.length = 320
+    config.scan_layers = False
     config.frozen = ("model.visual.*",)
     config.mesh = dict(data=0)
     config.optimizer = dict(kind="adamw", learning_rate=1e-4, schedule="cosine", warmup=0.03)

@@ -18,7 +18,6 @@ import numpy as np
 from rich.table import Table
 
 from iv3jax.bench.table import as_text
-from iv3jax.checkpoint.load import load
 from iv3jax.checkpoint.run_folder import shape_folder
 from iv3jax.data.processor import Processor
 from iv3jax.data.tokenizer import TINY_FOLDER
@@ -31,12 +30,14 @@ from iv3jax.mcr.rollout import prepare, rollout
 from iv3jax.mcr.step import DECIDING, IDLE, Given, Loop, Work, called, look, speak, start
 from iv3jax.mcr.tools import Observation
 from iv3jax.mcr.trajectories import PROMPT, Record
+from iv3jax.models.config import ModelConfig
 from iv3jax.models.internvideo3 import InternVideo3, init_params
 from iv3jax.models.presets import preset
 from iv3jax.paths import AnyPath
+from iv3jax.sharding import make_mesh
 from iv3jax.train.collect_job import environment_of
 from iv3jax.train.config import experiment
-from iv3jax.train.model import model_of
+from iv3jax.train.model import load_params, model_of
 from iv3jax.typing import Array, Params
 
 EXPERIMENT = "rl:tiny"
@@ -92,9 +93,9 @@ def bench_rollout(
         place: AnyPath = TINY_FOLDER
         params = init_params(model, jax.random.key(config.seed))
     else:
-        loaded = load(folder, dtype=jnp.float32)
-        model, params = model_of(config, loaded.config), loaded.params
         place = shape_folder(folder)
+        model = model_of(config, ModelConfig.from_file(place))
+        params = load_params(folder, model.run, make_mesh(jax.devices()[:1]))
     environment = environment_of(config, model, Processor.from_dir(place, model.config))
     asked = environment.asked(0, config.collect.prompts)
     prompts = environment.prompts(params, asked)

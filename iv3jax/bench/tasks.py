@@ -31,6 +31,7 @@ from iv3jax.generate.sampling import Sampling
 from iv3jax.mcr.environment import Environment
 from iv3jax.mcr.rewards import RewardConfig
 from iv3jax.mcr.trajectories import Trajectories
+from iv3jax.models.layers import Execution
 from iv3jax.train.config import TrainConfig, experiment
 
 EXPERIMENT = "rl:tiny"
@@ -86,7 +87,8 @@ def bench_tasks(
     if row is not None and row not in names:
         raise UserError(f"--row {row}: there are {', '.join(names)}")
     chosen = [source for source in config.data.sources if row in (None, source.name)]
-    loaded = {name: load(folder, dtype=jnp.float32) for name, folder in models.items()}
+    run = Execution(scan_layers=config.scan_layers)
+    loaded = {name: load(folder, dtype=jnp.float32, run=run) for name, folder in models.items()}
     rows = [one for source in chosen for one in _rows(loaded, config, source, videos, seed)]
     eyes = {source.name: asdict(look_baselines(_script(config, source), seed=seed)) for source in chosen}
     return {

@@ -28,6 +28,7 @@ from iv3jax.data.packing import pack_rows
 from iv3jax.data.sample import Sample
 from iv3jax.models.batch import Batch
 from iv3jax.models.internvideo3 import boxed_params
+from iv3jax.models.layers import Execution
 from iv3jax.sharding import make_mesh, param_shardings
 from iv3jax.train.config import DigitsConfig
 from iv3jax.train.digits import samples
@@ -44,7 +45,7 @@ RATE, DECAY, EPSILON, BETAS = 1e-3, 0.05, 1e-8, (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Row:
-    """One library's figures: tokens (padding not counted) a second, milliseconds of a step, padding's share."""
+    """One library's figures: tokens (without padding) a second, milliseconds of a step, padding's share."""
 
     name: str
     tokens_per_second: float
@@ -63,7 +64,8 @@ def bench_train(rounds: int = ROUNDS, steps: int = STEPS) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "model"
         export("tiny", place, random_weights=True)
-        ours, theirs = _Ours(load(place, dtype=np.float32)), _Torch(place)
+        run = Execution(scan_layers=False)
+        ours, theirs = _Ours(load(place, dtype=np.float32, run=run)), _Torch(place)
         times: dict[str, list[float]] = {"iv3jax": [], "PyTorch": []}
         counts: dict[str, list[int]] = {"iv3jax": [], "PyTorch": []}
         alone = [ours.alone(step) for step in range(rounds * steps + 1)]

@@ -147,16 +147,18 @@ def _load_run(
         raise UserError(f"{checkpoint.out}: has weights of its own; random weights are for presets")
     settings, config = checkpoint.config, ModelConfig.from_file(checkpoint.shape)
     additions = settings["lora"]
+    # Runs from before there was a choice have scanned layers.
+    scan_layers = settings.get("scan_layers", True)
     kept = jnp.dtype(settings["dtype"] if additions["rank"] else "float32").type
     compute = kept if dtype is None else dtype
     lora = Lora(**{**additions, "targets": tuple(additions["targets"])}) if additions["rank"] else None
     run = replace(
         run,
-        scan_layers=True,
+        scan_layers=scan_layers,
         dtype=compute,
         param_dtype=compute,
         weights=run.weights or settings["weights"] or None,
-        lora=resolve(lora, config, True),
+        lora=resolve(lora, config, scan_layers),
     )
     model = InternVideo3(config, run)
     leaves = flatten_dict(checkpoint.trained(model, mesh))

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from iv3jax.checkpoint.load import load
 from iv3jax.checkpoint.run_folder import shape_folder
 from iv3jax.data.processor import Processor
 from iv3jax.data.tokenizer import Tokenizer
@@ -22,6 +21,7 @@ from iv3jax.train.config import TrainConfig
 from iv3jax.train.distill import Teacher, distillation
 from iv3jax.train.lesson import Lesson
 from iv3jax.train.loop import Job
+from iv3jax.train.model import load_params
 from iv3jax.train.objective import Objective
 from iv3jax.train.policy import Rules
 from iv3jax.train.rl import reinforcement
@@ -154,12 +154,11 @@ def _loaded(
             f"distill.teacher: {source} has another vocabulary than the student; its log-probabilities would "
             "be of other tokens"
         )
-    how = other.run
-    return other, lambda _: load(source, dtype=how.param_dtype, mesh=mesh, run=how).params
+    return other, lambda _: load_params(source, other.run, mesh)
 
 
 def named_teacher(config: TrainConfig) -> InternVideo3:
     """The model that `distill.teacher` names, in the dtype of computing, without its parameters."""
     compute = jnp.dtype(config.dtype).type
     shape = ModelConfig.from_file(shape_folder(config.distill.teacher))
-    return InternVideo3(shape, Execution(compute, compute, config.remat))
+    return InternVideo3(shape, Execution(compute, compute, config.remat, scan_layers=config.scan_layers))

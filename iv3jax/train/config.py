@@ -107,6 +107,7 @@ class TrainConfig:
         chunks: vision chunks of a row. chunk_patches: patches of a chunk, at least those of a temporal patch.
         seed: of the weights and of the data.
         remat: see `models.layers.REMAT_POLICIES`.
+        scan_layers: see `models.layers.Execution`; false trains and rolls out faster on a CPU.
         dtype: of computing; trained parameters are fp32.
         reduction: "token", "sample" or "square" (SPEC §5).
         frozen: patterns of checkpoint names (`model.visual.*`) that are not trained.
@@ -130,6 +131,7 @@ class TrainConfig:
     chunk_patches: int = 4
     seed: int = 0
     remat: str = "none"
+    scan_layers: bool = True
     dtype: str = "float32"
     reduction: str = "token"
     frozen: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from iv3jax import distributed
-from iv3jax.checkpoint.load import LoadedModel, load
+from iv3jax.checkpoint.load import LoadedModel
 from iv3jax.checkpoint.lora import save_adapter
 from iv3jax.checkpoint.run_folder import shape_folder
 from iv3jax.checkpoint.save import save, write_shape
@@ -32,7 +32,7 @@ from iv3jax.train.config import TrainConfig
 from iv3jax.train.digits import digit_feed
 from iv3jax.train.feeds import place_batch, row_group
 from iv3jax.train.loop import Job, mesh_of, train
-from iv3jax.train.model import model_of
+from iv3jax.train.model import load_params, model_of
 from iv3jax.train.objective import supervised
 from iv3jax.train.trainable import trainable
 from iv3jax.typing import Params
@@ -105,7 +105,7 @@ def begin(config: TrainConfig) -> tuple[InternVideo3, AnyPath, Callable[[Params]
         if not config.init:
             return init_params(model, jax.random.key(config.seed), shardings)
         mesh = jax.tree.leaves(shardings)[0].mesh
-        return load(config.init, dtype=how.param_dtype, mesh=mesh, run=how, weights=how.weights).params
+        return load_params(config.init, how, mesh)
 
     return model, folder, start
 

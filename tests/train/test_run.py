@@ -91,6 +91,22 @@ def test_another_run_goes_on_from_a_run(trained: Path, tmp_path: Path):
 
 
 @pytest.mark.medium
+def test_layers_alone_learn_what_scanned_ones_learn(trained: Path, tmp_path: Path):
+    """Losses, what is written, and the run's folder as a model, whose own form counts."""
+    config = replace(TASKS, init=str(trained / "model"), steps=2)
+    scanned = run(config, tmp_path / "scanned")
+    alone = run(replace(config, scan_layers=False), tmp_path / "alone")
+    assert logged(alone, "loss") == pytest.approx(logged(scanned, "loss"), abs=1e-5)
+    assert tree_difference(load(alone).params, load(scanned).params) <= 1e-4
+    found = load(tmp_path / "alone")
+    assert not found.model.run.scan_layers
+    again = load(alone, run=replace(found.model.run))
+    assert tree_difference(found.params, again.params) == 0
+    with pytest.raises(UserError, match="scan_layers=True; take its model folder"):
+        run(replace(config, init=str(trained), scan_layers=False), tmp_path / "other")
+
+
+@pytest.mark.medium
 @pytest.mark.parametrize("weights", ["", "int8"])
 def test_low_rank_additions_are_merged_at_the_end(trained: Path, tmp_path: Path, weights: str, capsys):
     """OUT/model is base + additions; the run's folder keeps them apart; OUT/adapter has them alone."""
