@@ -39,7 +39,7 @@ from iv3jax.train.state import new_state
 from iv3jax.train.step import make_step
 
 ROWS, LENGTH, CHUNKS = 8, 240, 20
-ROUNDS, STEPS = 5, 6
+ROUNDS, STEPS = 11, 6
 RATE, DECAY, EPSILON, BETAS = 1e-3, 0.05, 1e-8, (0.9, 0.95)
 
 

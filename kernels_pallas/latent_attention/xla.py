@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.mask import AttentionMask, masked_softmax
+from kernels_pallas.mask import AttentionMask
 from kernels_pallas.query_blocks import in_query_blocks
 
 
@@ -21,19 +21,29 @@ def latent_attention(
     """
     heads, both = query.shape[2:]
     n = both - k_rope.shape[-1]
-    k_nope, value = kv[..., :n], kv[..., n:]
+    # One product of n+e numbers a key: on a CPU two of n and of e take twice as long.
+    rope = jnp.broadcast_to(k_rope[:, :, None], (*kv.shape[:3], k_rope.shape[-1]))
+    key = jnp.concatenate([kv[..., :n], rope], axis=-1).swapaxes(1, 2)
+    value = kv[..., n:].swapaxes(1, 2)
     factor = jnp.float32(both**-0.5)
     if logit_scale is not None:
         factor *= jnp.repeat(logit_scale, heads // logit_scale.shape[1], axis=1)[:, :, None]
 
     def block(mask: AttentionMask, query: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = jnp.einsum("bthn,bshn->bhts", query[..., :n], k_nope, preferred_element_type=jnp.float32)
-        logits += jnp.einsum("bthe,bse->bhts", query[..., n:], k_rope, preferred_element_type=jnp.float32)
-        logits *= factor
+        query = query.swapaxes(1, 2)
+        logits = jnp.einsum("bhtn,bhsn->bhts", query, key, preferred_element_type=jnp.float32)
         allowed = mask.dense(kv.shape[1])[:, None]
-        weights = masked_softmax(logits, allowed)
-        out = jnp.einsum("bhts,bshv->bthv", weights.astype(value.dtype), value)
-        lse = jax.nn.logsumexp(jnp.where(allowed, logits, -1e30), axis=-1)
-        return out, jnp.where(jnp.any(allowed, axis=-1), lse, -jnp.inf).swapaxes(1, 2)
+        sees = jnp.any(allowed, axis=-1)
+        logits = jnp.where(allowed, logits * factor, -1e30)
+        most = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+        weights = jnp.exp(logits - most[..., None])
+        total = jnp.sum(weights, axis=-1)
+        # Divided after the product, and zeros for who sees nothing there: B·H·T·v numbers, not B·H·T·S.
+        out = jnp.einsum(
+            "bhts,bhsv->bhtv", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+        )
+        out *= jnp.where(sees, 1 / total, 0)[..., None]
+        lse = jnp.where(sees, most + jnp.log(total), -jnp.inf)
+        return out.astype(query.dtype).swapaxes(1, 2), lse.swapaxes(1, 2)
 
     return in_query_blocks(block, mask, query)
