@@ -4,6 +4,7 @@
     iv3 train --config traces:tiny --out runs/traces-tiny init=runs/s     the same on a CPU, minutes
     iv3 train --config traces:tiny_rare --out runs/rare init=runs/traces-tiny     unlearns to look, for RL
     iv3 train --config traces:tiny_once --out runs/once init=runs/s     the same questions from one look
+    iv3 train --config traces:tiny_wide --out runs/wide init=runs/traces-tiny     as many frames as the 8B's
 
 A trace is an ordinary conversation; `configs/rl.py` goes on from here with the same overview and zooms. No
 numbers stand in front of videos (`add_vision_id`), as in a rollout.
@@ -15,16 +16,18 @@ import ml_collections
 def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     """The experiment; `tiny` is its twin for the tiny model.
 
-    Beside it, `tiny_rare` seldom looks, and `tiny_once` is the single pass that the loop is compared with.
+    Beside it, `tiny_rare` seldom looks, `tiny_once` is the single pass that the loop is compared with, and
+    `tiny_wide` is the policy of `iv3 bench rollout`.
     """
     if variant in ("tiny", "tiny_rare"):
         return _tiny(rare=variant == "tiny_rare")
     if variant == "tiny_once":
         return _once()
+    if variant == "tiny_wide":
+        return _wide()
     if variant is not None:
-        raise ValueError(
-            f"configs/traces.py has no variant {variant!r}, only 'tiny', 'tiny_rare' and 'tiny_once'"
-        )
+        others = "'tiny', 'tiny_rare', 'tiny_once' and 'tiny_wide'"
+        raise ValueError(f"configs/traces.py has no variant {variant!r}, only {others}")
     config = ml_collections.ConfigDict()
     config.preset = "internvideo3_8b"
     config.steps = 500
@@ -90,6 +93,20 @@ def _once() -> ml_collections.ConfigDict:
         dict(kind="task:at", weight=1.0, options=(*shown, "frames=40")),
         dict(kind="task:chase", weight=1.0, name="chase1", options=(*shown, "frames=28")),
         dict(kind="task:chase", weight=1.0, name="chase2", options=("hops=2", *shown, "frames=40")),
+    )
+    return config
+
+
+def _wide() -> ml_collections.ConfigDict:
+    """The 8B's frames in overview and looks: learns their form, from a model that looks already."""
+    config = _tiny(rare=False)
+    config.steps = 200
+    config.length = 1024
+    config.chunks = 112
+    shown = ("seconds=96", "shown=1", "overview=32", "zoom=16", "varied=1")
+    config.data.sources = (
+        dict(kind="task:read", weight=2.0, options=("varied=1",)),
+        *_chases(1.0, shown),
     )
     return config
 

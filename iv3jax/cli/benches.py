@@ -5,6 +5,7 @@ import json
 
 from iv3jax.cli.parse import Command
 from iv3jax.cli.source import digits_name, load_model, model_name
+from iv3jax.errors import UserError
 
 NAMES = (
     "digits",
@@ -45,6 +46,7 @@ def add(command: Command) -> None:
         "the rows without a stage",
     )
     sub.add_argument("--row", help="tasks: only this one (chase1, chase2)")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="rollout: fields of rl:tiny to change")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -85,7 +87,7 @@ def _bench(args: argparse.Namespace) -> int:
             stages,
             lambda: stages.bench_stages(args.model, videos(100), args.seed, part=args.part),
         ),
-        "rollout": (rollout, lambda: rollout.bench_rollout(args.model)),
+        "rollout": (rollout, lambda: rollout.bench_rollout(args.model, overrides=tuple(args.overrides))),
         "tasks": (
             tasks,
             lambda: tasks.bench_tasks(_models(args.model), videos(1000), args.seed, args.row),
@@ -96,6 +98,8 @@ def _bench(args: argparse.Namespace) -> int:
             lambda: conversion.bench_conversion(args.part, args.model, videos(100), args.seed),
         ),
     }
+    if args.overrides and args.name != "rollout":
+        raise UserError(f"iv3 bench {args.name} has no fields to change ({' '.join(args.overrides)})")
     module, measure = modules[args.name]
     result = measure()
     print(json.dumps(result) if args.json else module.format_table(result))

@@ -216,6 +216,25 @@ def next_logits(model: InternVideo3, params: Params, hidden: Array) -> Array:
     return model.apply({"params": params}, hidden, method="logits")
 
 
+def row_of(cache: Cache, slot: Array) -> Cache:
+    """One row of a cache (slot () int32), as a cache of one row; for every layout, as `take_prompts`."""
+    entries = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=1), cache.entries)
+    return Cache(entries, cache.length[slot][None], cache.overflow[slot][None])
+
+
+def with_row(cache: Cache, slot: Array, row: Cache) -> Cache:
+    """The cache with that row in place of its own."""
+
+    def put(old: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
+
+    return Cache(
+        jax.tree.map(put, cache.entries, row.entries),
+        cache.length.at[slot].set(row.length[0]),
+        cache.overflow.at[slot].set(row.overflow[0]),
+    )
+
+
 def take_prompts(cache: Cache, bank: Cache, slots: Array, prompt: Array) -> Cache:
     """The cache with a prompt's tokens in each row of `slots` and nothing after them.
 

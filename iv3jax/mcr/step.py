@@ -7,6 +7,7 @@ prompt, rollout and place, and a row of the cache sees itself alone.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -16,7 +17,7 @@ from iv3jax.generate.sampling import Sampling, choose, filtered
 from iv3jax.mcr.grammar import LAST, START, Call, Grammar, advance, mask, read_token, start_call
 from iv3jax.mcr.language import ANSWER, TOOLS
 from iv3jax.mcr.memory import Memory, empty_memory
-from iv3jax.mcr.prompts import Bank, Prompts, feed_chunk, next_logits, take_prompts
+from iv3jax.mcr.prompts import Bank, Prompts, feed_chunk, next_logits, row_of, take_prompts, with_row
 from iv3jax.mcr.rollout_config import Lengths, RolloutConfig
 from iv3jax.mcr.tools import Observation, observe
 from iv3jax.mcr.trajectories import (
@@ -307,7 +308,10 @@ def _choose_and_feed(loop: Loop, given: Given, keys: Array, state: State) -> Sta
     def feed(width: int, before: _Fed) -> _Fed:
         real = jnp.arange(width) < count[:, None]
         batch = Batch(turn.tokens[:, :width], new.positions[..., :width], real.astype(jnp.int32))
-        return _feed(loop, given, state, before, batch, fed)
+        world, prompt = given.prompts.world, _prompt(loop, state)
+        cache, hidden = feed_chunk(loop.model, given.params, batch, before[0], world, prompt)
+        said = next_logits(loop.model, given.params, hidden)
+        return cache, jnp.where(fed[:, None], said, before[1])
 
     cache, logits = _as_wide_as_needed((1, loop.lengths.run), count, feed, (state.cache, state.logits))
     stopped = complete | (deciding & cache.overflow)
@@ -330,23 +334,6 @@ def _choose_and_feed(loop: Loop, given: Given, keys: Array, state: State) -> Sta
 
 _Fed = tuple[Cache, Array]
 """The cache and the logits (S, V) of the next token."""
-
-
-def _feed(
-    loop: Loop,
-    given: Given,
-    state: State,
-    before: _Fed,
-    batch: Batch,
-    rows: Array,
-    visual: Array | None = None,
-) -> _Fed:
-    """A chunk into the cache of some rows (S,) bool, which alone have tokens in it."""
-    prompt = _prompt(loop, state)
-    cache, hidden = feed_chunk(
-        loop.model, given.params, batch, before[0], given.prompts.world, prompt, visual
-    )
-    return cache, jnp.where(rows[:, None], next_logits(loop.model, given.params, hidden), before[1])
 
 
 def _as_wide_as_needed(
@@ -379,24 +366,37 @@ def _hear(loop: Loop, given: Given, state: State, rows: Array, observation: Obse
     )
     record = append(state.rows.record, state.rows.length, heard, jnp.where(rows, said, 0))
 
-    count = jnp.where(rows, state.pending_count + said, 0)
     # The pending tokens are the last of the record: the chunk is what follows what the cache holds.
     first = state.rows.length - state.pending_count
+    count = jnp.where(rows, state.pending_count + said, 0)
+    prompt, widest = _prompt(loop, state), loop.lengths.run + tokens.shape[1]
 
-    def feed(width: int, before: _Fed) -> _Fed:
-        places = jnp.minimum(first[:, None] + jnp.arange(width), loop.config.budget - 1)
+    def hear(width: int, slot: Array, before: _Fed) -> _Fed:
+        """One row alone, in a chunk of `width`."""
+        places = jnp.minimum(first[slot] + jnp.arange(width), loop.config.budget - 1)
 
         def cut(x: Array) -> Array:
-            return jnp.take_along_axis(x, jnp.broadcast_to(places, (*x.shape[:-1], width)), axis=-1)
+            return jnp.take(jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=x.ndim - 2), places, axis=-1)
 
-        real = (jnp.arange(width) < count[:, None]).astype(jnp.int32)
-        batch = Batch(cut(record.tokens), cut(record.positions), real)
-        return _feed(loop, given, state, before, batch, rows, cut(record.visual))
+        cache, logits = before
+        real = (jnp.arange(width) < count[slot])[None].astype(jnp.int32)
+        batch, seen = Batch(cut(record.tokens), cut(record.positions), real), cut(record.visual)
+        row, own = row_of(cache, slot), prompt[slot][None]
+        row, hidden = feed_chunk(loop.model, given.params, batch, row, given.prompts.world, own, seen)
+        said = next_logits(loop.model, given.params, hidden)
+        return with_row(cache, slot, row), logits.at[slot].set(said[0])
 
-    # There is room for the longest observation of all tools; most are much shorter.
-    widest = loop.lengths.run + tokens.shape[1]
-    widths = (-(-widest // 4), -(-widest // 2), widest)
-    cache, logits = _as_wide_as_needed(widths, count, feed, (state.cache, state.logits))
+    # Rows one by one, each in a chunk as narrow as it can be: together, all would be as wide as the longest,
+    # and most are much shorter than the longest observation of all tools.
+    fed, narrower = (state.cache, state.logits), 0
+    for width in sorted({-(-widest // 4), -(-widest // 2), widest}):
+        those = (count > narrower) & (count <= width)
+        one = partial(hear, width)
+        order, narrower = jnp.argsort(~those), width
+        fed = jax.lax.fori_loop(
+            0, jnp.sum(those), lambda i, fed, one=one, order=order: one(order[i], fed), fed
+        )
+    cache, logits = fed
     return state._replace(
         cache=cache,
         logits=logits,
