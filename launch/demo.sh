@@ -3,9 +3,9 @@
 # grouped keys → conversion → stages 1 and 2 → cold start of the loop → RL → distillation → an answer, with
 # its steps. Needs no root and no accelerator.
 #
-#   bash launch/demo.sh               meant for a quarter of an hour on 2 cores; steps 1 and 3 start from small
-#                                     models that --full made and the repository holds, and say so
-#   bash launch/demo.sh --full        everything from nothing, the figures on 1000 videos; not timed
+#   bash launch/demo.sh               DEMO_TIME on 2 cores; steps 1 and 3 start from small models that --full
+#                                     made and the repository holds, and say so
+#   bash launch/demo.sh --full        everything from nothing, the figures on 1000 videos; 40 minutes
 #   bash launch/demo.sh --retrain     throws away what earlier ones made (may stand before --full)
 #
 # Stopped in the middle, the same command goes on.
@@ -48,7 +48,7 @@ if [ "$full" ]; then
   train teacher traces:tiny init="$start"
   teacher=$out/teacher/model rl=() distill=()
 else
-  echo "the model after 1200 steps of them: launch/models/teacher, made by --full"
+  echo "the model after 1200 steps of them (--full now takes 2400): launch/models/teacher"
   teacher=launch/models/teacher rl=(steps=60) distill=(steps=20)
 fi
 echo "from there, mostly questions that are answered at once: it can look, but seldom does"
