@@ -46,16 +46,16 @@ start=$(iv3 bench stages --model "$source" --samples "$asked" --part whole --jso
 say "3/7 cold start of the loop: scripted traces show how to look step by step"
 if [ "$full" ]; then
   train teacher traces:tiny init="$start"
-  teacher=$out/teacher/model rl=() distill=()
+  teacher=$out/teacher/model distill=()
 else
   echo "the model after 1200 steps of them (--full now takes 2400): launch/models/teacher"
-  teacher=launch/models/teacher rl=(steps=60) distill=(steps=20)
+  teacher=launch/models/teacher distill=(steps=40)
 fi
 echo "from there, mostly questions that are answered at once: it can look, but seldom does"
 train cold traces:tiny_rare init="$teacher"
 
 say "4/7 reinforcement learning on its own looks at long videos"
-train rl rl:tiny init="$out/cold/model" "${rl[@]}"
+train rl rl:tiny init="$out/cold/model"
 
 say "5/7 distillation on its own looks, from the model of step 3"
 train opd opd:tiny init="$out/rl/model" distill.teacher="$teacher" distill.frames=0 distill.room=0 "${distill[@]}"
