@@ -3,7 +3,7 @@
 # grouped keys → conversion → stages 1 and 2 → cold start of the loop → RL → distillation → an answer, with
 # its steps. Needs no root and no accelerator.
 #
-#   bash launch/demo.sh               DEMO_TIME on 2 cores; steps 1 and 3 start from small models that --full
+#   bash launch/demo.sh               eight minutes on 2 cores; steps 1 and 3 start from small models that --full
 #                                     made and the repository holds, and say so
 #   bash launch/demo.sh --full        everything from nothing, the figures on 1000 videos; 40 minutes
 #   bash launch/demo.sh --retrain     throws away what earlier ones made (may stand before --full)
