@@ -40,6 +40,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
     return captured.err
 
 
+@pytest.mark.medium
 def test_ask_prints_answer_frames_and_speed(model: Path, video: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["ask", str(video), "what?", "--model", str(model), "--max-new-tokens", "3"]) == 0
     out = capsys.readouterr().out

@@ -86,6 +86,7 @@ def test_like_pathlib(folder, tmp_path):
         remove_folder(root)
 
 
+@pytest.mark.medium
 def test_ranges(folder, monkeypatch):
     monkeypatch.setattr(paths, "_PIECE", 1000)
     data = os.urandom(12_345)
@@ -170,6 +171,7 @@ def test_a_missing_bucket(bucket, tmp_path):
         assert refusal(write) == f"{absent}: no such bucket; make it first, or check its name"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_store_that_does_not_answer(monkeypatch, scheme):
     """Within seconds, and the library's own words and tracebacks stay away."""

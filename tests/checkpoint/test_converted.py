@@ -108,6 +108,7 @@ def cases(config: ModelConfig) -> dict:
     return {n: c for n, c in CASES.items() if config.vision_config is not None or "text" in n}
 
 
+@pytest.mark.medium
 def test_logits(pair):
     """Without a cache; over both kinds of cache, expanded and absorbed, the last tokens one by one."""
     ours, theirs = pair

@@ -85,6 +85,7 @@ def pair(tmp_path_factory):
     return loaded, stock_model(root / "out", "qwen3_vl")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("case", list(CASES))
 def test_logits(pair, case):
     ours, theirs = pair

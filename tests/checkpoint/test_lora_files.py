@@ -198,6 +198,7 @@ def test_merging_keeps_dtype_and_mesh(tmp_path):
     assert split.params["language_model"]["layers"]["mlp"]["up_proj"]["lora_a"].sharding.num_devices == 8
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["m2la", "converted"])
 def test_an_adapter_comes_back(tmp_path, kind):
     """Bit for bit; also between stacked layers and those that stand alone, and in place of another."""

@@ -134,6 +134,7 @@ def test_places_that_are_no_folder(remote):
     assert refusal(lambda: load(remote / "file"), remote / "file").startswith(": a file; a model is a folder")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_store_that_is_away(monkeypatch, scheme):
     monkeypatch.setattr("iv3jax.paths._FIRST_ANSWER", 1.0)

@@ -91,6 +91,7 @@ def test_the_folder_holds_the_steps_and_the_rest_of_the_source(source, text, tmp
     assert replace(again, folder=done.folder) == done
 
 
+@pytest.mark.medium
 def test_tokenizer_and_processor_files_come_along(tmp_path):
     config = preset("tiny_gqa")
     model, mesh = InternVideo3(config), make_mesh()

@@ -219,6 +219,7 @@ def test_videos_from_a_feature_store(corpus, folder, tmp_path):
         assert (b.batch.patch_segment_ids > 0).sum() < (a.batch.patch_segment_ids > 0).sum()
 
 
+@pytest.mark.medium
 def test_it_reads_no_further_ahead_than_it_says(config, monkeypatch):
     started = []
 

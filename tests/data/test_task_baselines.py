@@ -32,6 +32,7 @@ CASES: list[tuple[Task, int]] = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("task", "frames"), CASES, ids=lambda x: f"{type(x).__name__}" if isinstance(x, Task) else f"{x}"
 )

@@ -236,6 +236,7 @@ def test_more_than_fits_is_refused_before_anything_runs(tiny):
         generate(model, None, empty, max_new_tokens=1, stop_ids=[])
 
 
+@pytest.mark.medium
 def test_logits_of_the_last_token_only(tiny):
     """Prefill makes no array with a vocabulary axis at all, decoding none larger than (rows, vocab)."""
     model, params = tiny

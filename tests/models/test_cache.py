@@ -144,6 +144,7 @@ ROWS = st.sampled_from([1, 4]).flatmap(
 )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("heads", [1, 2])
 @settings(max_examples=40, deadline=None)
 @given(rows=ROWS)

@@ -48,6 +48,7 @@ def tiny(request):
     return shared_model(request.param)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("few", [0, 1000], ids=["blocks", "at-once"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("chunks", ["whole", "decode", "odd"])

@@ -135,6 +135,7 @@ def test_decoder_against_float64(heads, r, n, e, v, section):
     assert difference(computed["logits"][0, :tokens], logits) <= TOLERANCE
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("what", CONVERTED)
 def test_what_conversion_adds_against_float64(what):
     """Each thing alone and all together, on a video between text."""

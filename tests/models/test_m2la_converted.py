@@ -127,6 +127,7 @@ def test_new_adapters_change_nothing():
     assert difference(got["hidden"], expected["hidden"]) <= 1e-6
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("what", CONVERTED)
 def test_over_a_cache(what, monkeypatch):
     """A chunk expanded in blocks of 5, then one token absorbed: one forward."""

@@ -104,6 +104,7 @@ def test_devices_give_the_same_step(tiny, reference, sizes, accumulate):
     same(stepped(model, params, batch_of(model.config, rows), sizes, accumulate), reference)
 
 
+@pytest.mark.medium
 def test_what_is_not_finite_changes_nothing(tiny):
     """Parameters and moments stay bit for bit, the step counts, and the metrics say so."""
     model, params = tiny
