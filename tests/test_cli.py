@@ -211,3 +211,8 @@ def test_the_installed_command_prints_no_traceback():
     # Where the extra `chips` is installed, its plugin has its say before.
     said = [line for line in done.stderr.splitlines() if "absl::" not in line and "cudart" not in line]
     assert done.returncode == 2 and said == ["iv3: error: the question is empty"]
+
+
+def test_fields_of_a_bench_that_has_none(capsys: pytest.CaptureFixture[str]):
+    assert "iv3 bench train has no fields to change (steps=3)" in refused(capsys, "bench", "train", "steps=3")
+    assert "did you mean 'steps'" in refused(capsys, "bench", "rollout", "rollout.stepz=3")

@@ -216,47 +216,18 @@ def next_logits(model: InternVideo3, params: Params, hidden: Array) -> Array:
     return model.apply({"params": params}, hidden, method="logits")
 
 
-def row_of(cache: Cache, slot: Array) -> Cache:
-    """One row of a cache (slot () int32), as a cache of one row; for every layout, as `take_prompts`."""
-    entries = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=1), cache.entries)
-    return Cache(entries, cache.length[slot][None], cache.overflow[slot][None])
-
-
-def with_row(cache: Cache, slot: Array, row: Cache) -> Cache:
-    """The cache with that row in place of its own."""
-
-    def put(old: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
-
-    return Cache(
-        jax.tree.map(put, cache.entries, row.entries),
-        cache.length.at[slot].set(row.length[0]),
-        cache.overflow.at[slot].set(row.overflow[0]),
-    )
-
-
 def take_prompts(cache: Cache, bank: Cache, slots: Array, prompt: Array) -> Cache:
     """The cache with a prompt's tokens in each row of `slots` and nothing after them.
 
-    Works for every layout of entries: rows are always their second axis, and those of the bank are no longer.
-
     Args:
+        bank: of the prompts, with rows no longer than the cache's.
         slots: (S,) bool, which rows.
         prompt: (S,) int32, the prompt of each.
     """
     order = jnp.argsort(~slots)
 
-    def one(i: Array, entries: dict) -> dict:
-        slot = order[i]
-
-        def put(entry: Array, kept: Array) -> Array:
-            row = jax.lax.dynamic_slice_in_dim(kept, prompt[slot], 1, axis=1)
-            start = (jnp.zeros_like(slot), slot, *[jnp.zeros_like(slot)] * (entry.ndim - 2))
-            return jax.lax.dynamic_update_slice(entry, row, start)
-
-        return jax.tree.map(put, entries, bank.entries)
+    def one(i: Array, cache: Cache) -> Cache:
+        return cache.with_row(order[i], bank.row(prompt[order[i]]))
 
     # Row by row and in place: to choose between old and new, the whole cache would be copied.
-    entries = jax.lax.fori_loop(0, jnp.sum(slots), one, cache.entries)
-    length = jnp.where(slots, bank.length[prompt], cache.length)
-    return Cache(entries, length, jnp.where(slots, bank.overflow[prompt], cache.overflow))
+    return jax.lax.fori_loop(0, jnp.sum(slots), one, cache)

@@ -17,7 +17,7 @@ from iv3jax.generate.sampling import Sampling, choose, filtered
 from iv3jax.mcr.grammar import LAST, START, Call, Grammar, advance, mask, read_token, start_call
 from iv3jax.mcr.language import ANSWER, TOOLS
 from iv3jax.mcr.memory import Memory, empty_memory
-from iv3jax.mcr.prompts import Bank, Prompts, feed_chunk, next_logits, row_of, take_prompts, with_row
+from iv3jax.mcr.prompts import Bank, Prompts, feed_chunk, next_logits, take_prompts
 from iv3jax.mcr.rollout_config import Lengths, RolloutConfig
 from iv3jax.mcr.tools import Observation, observe
 from iv3jax.mcr.trajectories import (
@@ -381,10 +381,10 @@ def _hear(loop: Loop, given: Given, state: State, rows: Array, observation: Obse
         cache, logits = before
         real = (jnp.arange(width) < count[slot])[None].astype(jnp.int32)
         batch, seen = Batch(cut(record.tokens), cut(record.positions), real), cut(record.visual)
-        row, own = row_of(cache, slot), prompt[slot][None]
+        row, own = cache.row(slot), prompt[slot][None]
         row, hidden = feed_chunk(loop.model, given.params, batch, row, given.prompts.world, own, seen)
         said = next_logits(loop.model, given.params, hidden)
-        return with_row(cache, slot, row), logits.at[slot].set(said[0])
+        return cache.with_row(slot, row), logits.at[slot].set(said[0])
 
     # Rows one by one, each in a chunk as narrow as it can be: together, all would be as wide as the longest,
     # and most are much shorter than the longest observation of all tools.

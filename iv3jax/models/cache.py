@@ -52,6 +52,23 @@ class Cache(NamedTuple):
         """Bytes of the entries."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.entries))
 
+    def row(self, index: Array) -> "Cache":
+        """One row (index () int32), as a cache of one; rows are the second axis of all entries."""
+        entries = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1, axis=1), self.entries)
+        return Cache(entries, self.length[index][None], self.overflow[index][None])
+
+    def with_row(self, index: Array, row: "Cache") -> "Cache":
+        """The cache with that row in place of its own; slots after a shorter row's stay as they are."""
+
+        def put(old: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
+
+        return Cache(
+            jax.tree.map(put, self.entries, row.entries),
+            self.length.at[index].set(row.length[0]),
+            self.overflow.at[index].set(row.overflow[0]),
+        )
+
     def slots(self, segment_ids: Array) -> Array:
         """(B, T): the slot each new token goes to; padding and overflow point past the end."""
         real = segment_ids != 0

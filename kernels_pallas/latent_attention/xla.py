@@ -21,7 +21,7 @@ def latent_attention(
     """
     heads, both = query.shape[2:]
     n = both - k_rope.shape[-1]
-    # One product of n+e numbers a key: on a CPU two of n and of e take twice as long.
+    # One product of n+e numbers a key: a CPU takes longer for two, of n and of e.
     rope = jnp.broadcast_to(k_rope[:, :, None], (*kv.shape[:3], k_rope.shape[-1]))
     key = jnp.concatenate([kv[..., :n], rope], axis=-1).swapaxes(1, 2)
     value = kv[..., n:].swapaxes(1, 2)

@@ -104,7 +104,9 @@ def test_what_cannot_work_is_refused():
         environment(config=replace(ROLLOUT, budget=30)).check(prompts=2, group=2)
 
 
-@pytest.mark.parametrize("name", ["rl", "rl:tiny", "traces", "traces:tiny", "traces:tiny_once"])
+@pytest.mark.parametrize(
+    "name", ["rl", "rl:tiny", "traces", "traces:tiny", "traces:tiny_once", "traces:tiny_wide"]
+)
 def test_sources_of_the_experiments_can_be_opened(name: str):
     for opened in open_sources(experiment(name).data):
         assert len(opened.source) == 100_000
