@@ -7,11 +7,13 @@ of several slices, joined by a slower network, `data` goes over the slices.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -245,6 +247,48 @@ def with_weights(
         ),
         check_vma=False,
     )(weights, *args)
+
+
+def gradients_first(weights: Sequence[Array], axes: Sequence[Axes], x: Array) -> tuple[list[Array], Array]:
+    """The weights and x as they are. Backwards, x's gradient waits for those of the weights.
+
+    They are then summed up over the devices and laid out as the weights are, and what they were made of is
+    gone. Else the compiler makes them at its leisure, and keeps activations, or a whole fp32 sum, through the
+    backward pass of all that comes before x. Weights that need no gradients get none.
+
+    Args:
+        axes: the logical axes of each weight.
+    """
+    tied: tuple[list[Array], Array] = _gradients_first(tuple(map(tuple, axes)), list(weights), x)
+    return tied
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients_first(axes: tuple[Axes, ...], weights: list[Array], x: Array) -> tuple[list[Array], Array]:
+    # Forwards, too: what is gathered of a weight is then not kept for the next time that it is used.
+    tied: tuple[list[Array], Array] = jax.lax.optimization_barrier((weights, x))
+    return tied
+
+
+def _in_order(axes: tuple[Axes, ...], weights: list[Any], x: Any) -> tuple[tuple[list[Array], Array], Any]:
+    # Which have gradients is known here only; kept as structure, for it is no array.
+    moving = [() if weight.perturbed else None for weight in weights]
+    return _gradients_first(axes, [weight.value for weight in weights], x.value), moving
+
+
+def _one_after_another(axes: tuple[Axes, ...], moving: Any, given: tuple[list[Any], Any]) -> tuple[list, Any]:
+    by_weights, by_x = given
+    found = {
+        i: constrain(gradient, *names)
+        for i, (gradient, names, moves) in enumerate(zip(by_weights, axes, moving, strict=True))
+        if moves is not None and not isinstance(gradient, SymbolicZero)
+    }
+    if not isinstance(by_x, SymbolicZero):
+        found, by_x = jax.lax.optimization_barrier((found, by_x))
+    return [found.get(i) for i in range(len(axes))], by_x
+
+
+_gradients_first.defvjp(_in_order, _one_after_another, symbolic_zeros=True)
 
 
 def whole_parts(name: str, size: int) -> int:

@@ -12,7 +12,7 @@ from iv3jax import ops
 from iv3jax.errors import UserError
 from iv3jax.models import quantized
 from iv3jax.models.lora import Lora, addition
-from iv3jax.sharding import constrain, gathered
+from iv3jax.sharding import constrain, gathered, gradients_first
 from iv3jax.typing import Array, DType, Params
 
 REMAT_POLICIES = {
@@ -165,19 +165,20 @@ class Linear(nn.Module):
         how = self.run.lora
         return how if how is not None and how.rank and "/".join(self.path) in how.targets else None
 
-    def __call__(self, x: Array) -> Array:
-        y = self.product(x, self.run.dtype)
+    def __call__(self, x: Array, kernel: Array | None = None) -> Array:
+        y = self.product(x, self.run.dtype, kernel)
         return y + self.bias.astype(self.run.dtype) if self.use_bias else y
 
-    def product(self, x: Array, dtype: DType) -> Array:
-        """x·Wᵀ in `dtype`, from factors in the dtype of computing; no bias."""
+    def product(self, x: Array, dtype: DType, kernel: Array | None = None) -> Array:
+        """x·Wᵀ in `dtype`, from factors in the dtype of computing; no bias. `kernel`: instead of its own."""
         lead = x.shape[: x.ndim - len(self.in_shape)]
         x = x.reshape(*lead, self.rows)
         if self.run.weights is not None:
             y = quantized.matmul(x, self.kernel_codes, self.kernel_scale, self.run.weights, self.run.dtype)
             y = y.astype(dtype)
         else:
-            kernel = gathered(self.kernel.astype(self.run.dtype), *self.out_axes, *self.in_axes)
+            kernel = self.kernel if kernel is None else kernel
+            kernel = gathered(kernel.astype(self.run.dtype), *self.out_axes, *self.in_axes)
             y = self._times(x, kernel, dtype).reshape(*lead, *self.out_shape)
         if (how := self._lora) is not None:
             inner = self._times(x, self.lora_a, jnp.float32) * how.scale
@@ -283,5 +284,13 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(**down, run=self.run)
 
     def __call__(self, x: Array) -> Array:
-        y = nn.silu(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(constrain(y, "batch", "sequence", "act_mlp"))
+        kernels: list[Array | None] = [None] * 3
+        if self.run.remat == "full" and self.run.weights is None:
+            # Of all that a layer's backward pass keeps, half is in here.
+            layers = (self.gate_proj, self.up_proj, self.down_proj)
+            axes = [(*layer.out_axes, *layer.in_axes) for layer in layers]
+            own = [layer.kernel.astype(self.run.dtype) for layer in layers]
+            kernels[:], x = gradients_first(own, axes, x)
+        gate, up, down = kernels
+        y = nn.silu(self.gate_proj(x, gate)) * self.up_proj(x, up)
+        return self.down_proj(constrain(y, "batch", "sequence", "act_mlp"), down)

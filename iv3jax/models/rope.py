@@ -57,9 +57,10 @@ def rotate(x: Array, rope: Rope) -> Array:
     cos, sin = rope
     if x.ndim == cos.ndim + 1:
         cos, sin = cos[:, :, None], sin[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    # Halves one by one, so that the whole is in memory in x's dtype only.
+    first, second = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([half.astype(x.dtype) for half in turned], axis=-1)
 
 
 def rotate_interleaved(x: Array, rope: Rope) -> Array:

@@ -10,7 +10,7 @@ from iv3jax.models.batch import IGNORE_LABEL
 from iv3jax.models.internvideo3 import InternVideo3
 from iv3jax.models.layers import compute_kernels
 from iv3jax.models.parts import mapped
-from iv3jax.sharding import MESH_AXES, with_weights
+from iv3jax.sharding import MESH_AXES, gradients_first, with_weights
 from iv3jax.typing import Array, Params
 
 Reduction = Literal["token", "sample", "square"]
@@ -28,14 +28,28 @@ def cross_entropy(model: InternVideo3, params: Params, hidden: Array, labels: Ar
     Returns:
         (B, T) fp32. Logits are made LOGIT_CHUNK tokens at a time, and again in the backward pass.
     """
-    name = "embed_tokens" if model.config.text_config.tie_word_embeddings else "lm_head"
-    head = compute_kernels({name: params[name]}, model.run.dtype)
+    head, hidden = logit_inputs(model, params, hidden)
     tokens = ("batch", "sequence")
     # Tensor-parallel heads keep their part of the vocabulary.
     over = tuple(axis for axis in MESH_AXES if axis != "tensor")
     losses = partial(_cross_entropy, model)
     out: Array = with_weights(losses, head, [(*tokens, None), tokens], [tokens], hidden, labels, over=over)
     return out
+
+
+def logit_inputs(model: InternVideo3, params: Params, hidden: Array) -> tuple[Params, Array]:
+    """The parameters that logits are made of, in the dtype of computing, and the hidden states (B, T, D).
+
+    The gradient of the vocabulary's matrix, 2.5 GB in fp32 at 8B, does not wait until the layers have theirs.
+    """
+    module, name = "lm_head", "kernel"
+    if model.config.text_config.tie_word_embeddings:
+        module, name = "embed_tokens", "embedding"
+    head = compute_kernels(params[module], model.run.dtype)
+    if name in head:
+        (matrix,), hidden = gradients_first([head[name]], [("vocab", "embed")], hidden)
+        head = {**head, name: matrix}
+    return {module: head}, hidden
 
 
 def _cross_entropy(model: InternVideo3, head: Params, hidden: Array, labels: Array) -> Array:

@@ -17,10 +17,9 @@ from iv3jax.generate.sampling import Sampling, filtered
 from iv3jax.mcr.grammar import Grammar, mask
 from iv3jax.models.batch import IGNORE_LABEL, Batch
 from iv3jax.models.internvideo3 import InternVideo3
-from iv3jax.models.layers import compute_kernels
 from iv3jax.models.parts import mapped
 from iv3jax.sharding import MESH_AXES, with_weights
-from iv3jax.train.loss import LOGIT_CHUNK
+from iv3jax.train.loss import LOGIT_CHUNK, logit_inputs
 from iv3jax.typing import Array, Params
 
 
@@ -91,9 +90,7 @@ class Reading:
 
 def read(model: InternVideo3, params: Params, batch: Batch) -> Reading:
     """One pass over a batch."""
-    name = "embed_tokens" if model.config.text_config.tie_word_embeddings else "lm_head"
-    head = compute_kernels({name: params[name]}, model.run.dtype)
-    return Reading(model, head, model.apply({"params": params}, batch).hidden)
+    return Reading(model, *logit_inputs(model, params, model.apply({"params": params}, batch).hidden))
 
 
 def chosen(reading: Reading, targets: Array, states: Array, rules: Rules, chunk: int = LOGIT_CHUNK) -> Chosen:

@@ -10,8 +10,10 @@ import pytest
 from models.steps import kernels, needs_compilers, sent, step_of
 
 from iv3jax.chips import devices
+from iv3jax.models import layers
 from iv3jax.models.presets import preset
 from iv3jax.sharding import make_mesh
+from iv3jax.train import loss
 
 pytestmark = [pytest.mark.slow, needs_compilers]
 
@@ -58,3 +60,18 @@ def test_a_step_gathers_weights_and_scatters_gradients(monkeypatch, chip, topolo
     # The tower's weights once for all of its steps; where a row is split, DeepStack's two levels one by one.
     times = {one.times for one in found if "visual" in one.name and one.kind == "all-gather"}
     assert times == ({1, 2} if "context" in sizes else {1})
+
+
+def test_a_step_that_makes_gradients_in_order_takes_less_memory(monkeypatch):
+    mesh = make_mesh(devices("v5p", "2x2x1"), fsdp=4)
+    config = dict(length=LENGTH, chunks=0, dtype="bfloat16", preset="internvideo3_8b")
+
+    def peak():
+        step = step_of(monkeypatch, small_8b(), mesh, **config)
+        return step.compiled("v5p").memory_analysis().peak_memory_in_bytes
+
+    ordered = peak()
+    for module in (layers, loss):
+        monkeypatch.setattr(module, "gradients_first", lambda weights, axes, x: (list(weights), x))
+    hidden_units = LENGTH * preset("internvideo3_8b").text_config.intermediate_size * 2
+    assert ordered + hidden_units < peak()
