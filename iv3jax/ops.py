@@ -91,9 +91,16 @@ _QUERY_ROWS = 512
 """Queries times heads of a row of the batch that a chip keeps beside the tiles of the cache."""
 
 
-def few_queries(heads: int) -> int:
-    """FEW_QUERIES, or as many as a TPU's or GPU's decoding kernel takes with so many heads."""
-    return FEW_QUERIES if chip().platform == "cpu" else max(1, min(FEW_QUERIES, _QUERY_ROWS // heads))
+def few_queries(heads: int, rank: int | None = None, expanded: int = 0) -> int:
+    """FEW_QUERIES, or as many as a TPU's or GPU's decoding kernel takes with so many heads.
+
+    Args:
+        rank, expanded: r and n+v of M²LA. Where absorbing takes no more multiplications however many queries
+            there are, a CPU takes four times as many.
+    """
+    if chip().platform != "cpu":
+        return max(1, min(FEW_QUERIES, _QUERY_ROWS // heads))
+    return FEW_QUERIES * (4 if rank is not None and 2 * rank <= expanded else 1)
 
 
 def attention(query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:

@@ -51,5 +51,13 @@ def filtered(logits: Array, sampling: Sampling) -> Array:
 def choose(logits: Array, keys: Array, sampling: Sampling) -> Array:
     """(B, V) fp32 logits and one key a row → (B,) int32 tokens."""
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling)).astype(jnp.int32)
+        return _first_highest(logits)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+    return _first_highest(filtered(logits, sampling) + noise)
+
+
+def _first_highest(x: Array) -> Array:
+    """argmax of each row, int32, as two reductions: one that keeps two numbers is slow on a CPU."""
+    places = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    at = jnp.where(x == jnp.max(x, axis=-1, keepdims=True), places, x.shape[-1] - 1)
+    return jnp.min(at, axis=-1)

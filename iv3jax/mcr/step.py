@@ -5,7 +5,7 @@ from Python. What a rollout says does not depend on its slot or its company: its
 prompt, rollout and place, and a row of the cache sees itself alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -313,7 +313,8 @@ def _choose_and_feed(loop: Loop, given: Given, keys: Array, state: State) -> Sta
         said = next_logits(loop.model, given.params, hidden)
         return cache, jnp.where(fed[:, None], said, before[1])
 
-    cache, logits = _as_wide_as_needed((1, loop.lengths.run), count, feed, (state.cache, state.logits))
+    widths = [min(width, loop.lengths.run) for width in (1, 2, 4, loop.lengths.run)]
+    cache, logits = _as_wide_as_needed(widths, count, feed, (state.cache, state.logits))
     stopped = complete | (deciding & cache.overflow)
     return state._replace(
         cache=cache,
@@ -337,7 +338,7 @@ _Fed = tuple[Cache, Array]
 
 
 def _as_wide_as_needed(
-    widths: tuple[int, ...], count: Array, feed: Callable[[int, _Fed], _Fed], before: _Fed
+    widths: Sequence[int], count: Array, feed: Callable[[int, _Fed], _Fed], before: _Fed
 ) -> _Fed:
     """`feed` at the smallest of the widths that holds `count` (S,) tokens; not at all if there are none.
 
@@ -389,7 +390,7 @@ def _hear(loop: Loop, given: Given, state: State, rows: Array, observation: Obse
     # Rows one by one, each in a chunk as narrow as it can be: together, all would be as wide as the longest,
     # and most are much shorter than the longest observation of all tools.
     fed, narrower = (state.cache, state.logits), 0
-    for width in sorted({-(-widest // 4), -(-widest // 2), widest}):
+    for width in sorted({-(-widest * part // 4) for part in (1, 2, 3, 4)}):
         those = (count > narrower) & (count <= width)
         one = partial(hear, width)
         order, narrower = jnp.argsort(~those), width

@@ -54,14 +54,13 @@ def empty_record(rows: int, length: int) -> Record:
 
 def append(record: Record, start: Array, new: Record, count: Array) -> Record:
     """The record with the first `count` (B,) tokens of each row of `new` from its place `start` (B,) on."""
-    length, width = record.tokens.shape[1], new.tokens.shape[1]
-    source = jnp.arange(length) - start[:, None]
-    inside = (source >= 0) & (source < count[:, None])
-    source = jnp.clip(source, 0, width - 1)
+    rows, width = new.tokens.shape
+    places = start[:, None] + jnp.arange(width)
+    # Past the record's end, where nothing is written.
+    places = jnp.where(jnp.arange(width) < count[:, None], places, record.tokens.shape[1])
 
     def put(old: Array, fresh: Array) -> Array:
-        where = jnp.broadcast_to(source, old.shape)
-        return jnp.where(inside, jnp.take_along_axis(fresh, where, axis=-1), old)
+        return old.at[..., jnp.arange(rows)[:, None], places].set(fresh, mode="drop")
 
     return Record(*(put(old, fresh) for old, fresh in zip(record, new, strict=True)))
 

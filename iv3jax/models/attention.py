@@ -204,7 +204,8 @@ class M2LAAttention(nn.Module):
         if factors is not None:
             factors = ops.logit_scale_into(entries["logit_scale"], layer, offsets, counts, factors)
         slots = jnp.where(tokens.segment_ids != 0, jnp.minimum(tokens.slots, latents.capacity - 1), -1)
-        attend = ops.latent_prefill if x.shape[1] > ops.few_queries(query.shape[2]) else self._absorbed
+        few = ops.few_queries(query.shape[2], _rank(c), kernel.shape[1])
+        attend = self._absorbed if x.shape[1] <= few else ops.latent_prefill
         out = attend(query, latents, layer, kernel, slots, how, factors)
         written = zip(("latent", "scale", "k_rope", "logit_scale"), (*latents, factors), strict=True)
         return self.o_proj(out), {name: x for name, x in written if x is not None}

@@ -1,7 +1,7 @@
 """latent_decode in XLA, the whole cache read once: block by block with a running softmax.
 
 A block stays in a CPU's cache between scores and values, and only blocks that some query sees are read. For
-bf16 and for small caches the plain form is faster on a CPU, and taken.
+bf16, and for few queries of small caches, the plain form is faster on a CPU, and taken.
 """
 
 from functools import partial
@@ -16,8 +16,11 @@ from kernels_pallas.latents import Latents, dequantize
 _PLAIN_BYTES = 8 << 20
 """Up to this much of a layer stays in a CPU's last cache, and is faster looked at as a whole."""
 
-_BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES = 1 << 20
 """Of a block in fp32 on a CPU: it stays in a core's cache, and two cores still share the products of it."""
+
+_LOGITS_BYTES = 5 << 16
+"""Of a block's logits on a CPU, likewise; so few the plain form makes all at once."""
 
 
 def latent_decode(
@@ -37,17 +40,18 @@ def latent_decode(
         (1, B, T, H, r) and (1, B, T, H) fp32: the context is one part.
     """
     rows, tokens, heads, rank = q_latent.shape
+    width, queries = rank + q_rope.shape[-1], rows * tokens * heads
     page, on_cpu = latents.capacity, chip().platform == "cpu"
     narrow = q_latent.dtype != jnp.float32
-    layer_bytes = 4 * rows * page * (rank + q_rope.shape[-1])
-    small = page_table is None and layer_bytes < _PLAIN_BYTES
+    small = page_table is None and 4 * rows * page * width < _PLAIN_BYTES
+    small &= 4 * queries * page <= _LOGITS_BYTES
     if on_cpu and not latents.quantized and (narrow or small):
         # Measured: on a CPU XLA multiplies whole bf16 arrays fast, blocks of them slowly.
         return latent_decode_reference(
             q_latent, q_rope, latents, layer, query_slots, logit_scale, page_table, scale=scale
         )
     # Elsewhere than on a CPU a step should be worth its start.
-    fitting = _BLOCK_BYTES // (4 * rows * (rank + q_rope.shape[-1]))
+    fitting = min(_BLOCK_BYTES // (4 * rows * width), max(128, _LOGITS_BYTES // (4 * queries)))
     wanted = max(32, 1 << max(fitting, 1).bit_length() - 1) if on_cpu else max(512, 8192 // rows)
     dtype = jnp.float32 if on_cpu else q_latent.dtype
     if page_table is None:

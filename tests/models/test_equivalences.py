@@ -124,6 +124,12 @@ def spy(called: list[str], name: str, function, *arguments, **named):
     return function(*arguments, **named)
 
 
+def test_more_queries_are_absorbed_where_that_costs_no_more():
+    """r of the 8B and of a small latent, each with its n+v; and GQA, which has none."""
+    assert [ops.few_queries(4, rank, both) for rank, both in ((896, 256), (32, 64))] == [64, 256]
+    assert ops.few_queries(4) == 64
+
+
 def test_absorbed_and_expanded_run_different_code(monkeypatch):
     """The threshold of the test above does switch: each side calls the operation it is named after."""
     model, params = shared_model("m2la")
