@@ -30,7 +30,8 @@ class Execution:
     Attributes:
         dtype: dtype of activations and products. Softmax, norms and rotary angles are always fp32.
         param_dtype: dtype in which new parameters are made.
-        remat: a key of REMAT_POLICIES, applied to each decoder layer and vision block.
+        remat: a key of REMAT_POLICIES, applied to each decoder layer and vision block. With "full" a decoder
+            layer also makes the feed-forward's gradients before attention's.
         patches_per_step: patches the vision tower works on at a time on a device (at least one chunk).
         scan_layers: whether the decoder's layers are one scanned stack, which compiles in seconds at any
             depth, or stand alone, each with parameters and cache of its own. On a CPU and a GPU XLA copies
