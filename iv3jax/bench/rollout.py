@@ -51,7 +51,7 @@ class Row:
     Attributes:
         rollouts_per_second: finished ones. tokens: of a rollout after its prompt, mean.
         calls: of a rollout, mean.
-        useful: share of the row-steps of decoding in which a rollout chose a token.
+        useful: share of the row-steps of decoding in which a rollout needed the tokens.
     """
 
     name: str

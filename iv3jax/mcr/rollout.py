@@ -25,6 +25,11 @@ from iv3jax.mcr.world import World
 from iv3jax.models.internvideo3 import InternVideo3
 from iv3jax.sharding import axes_over
 from iv3jax.typing import Array, Params
+from kernels_pallas.choice import chip
+
+_RUN_ON_CPU = 2
+"""Tokens fed after one choice at most on a CPU, where a pass takes longer for all rows if one has a long run.
+A chip reads the weights for one token as for five: there a run is fed at once."""
 
 
 def rollout(
@@ -70,8 +75,9 @@ def prepare(
     text = model.config.text_config
     table = jax.ShapeDtypeStruct((text.vocab_size, text.hidden_size), jnp.float32)
     observation = _shown.eval_shape(config, words, prompts.world, table)
+    run = 1 + longest_forced(grammar)
     lengths = Lengths(
-        1 + longest_forced(grammar),
+        min(run, _RUN_ON_CPU) if chip().platform == "cpu" else run,
         longest_step(grammar),
         longest_step(grammar, LAST),
         observation.tokens.shape[1],

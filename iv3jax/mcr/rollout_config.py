@@ -50,7 +50,8 @@ class Lengths:
     """What the grammar and the tools can need at most, in tokens.
 
     Attributes:
-        run: fed after one choice: the token chosen and those forced after it.
+        run: fed after one choice: the token chosen and those forced after it. A longer run goes on in the
+            next pass.
         step: of a step, its `<|im_end|>` included; `answer`: of a step that must answer.
         observation: of an observation.
     """

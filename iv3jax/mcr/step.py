@@ -69,7 +69,7 @@ class Work(NamedTuple):
     Attributes:
         rounds: rounds of speaking, looking and listening; of several devices, the most.
         decoded: row-steps of decoding: a row for each slot in each pass that chose tokens.
-        choices: those of them whose token a rollout needed.
+        choices: those of them whose tokens a rollout needed: it chose one, or went on with a forced run.
     """
 
     rounds: Array
@@ -78,7 +78,7 @@ class Work(NamedTuple):
 
     @property
     def useful(self) -> float:
-        """The share of row-steps of decoding in which a rollout chose a token."""
+        """The share of row-steps of decoding in which a rollout needed the tokens."""
         return float(self.choices) / float(self.decoded)
 
 

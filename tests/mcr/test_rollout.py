@@ -14,11 +14,11 @@ from iv3jax.data.chat import VisionItem, render
 from iv3jax.data.positions import mrope_positions
 from iv3jax.errors import UserError
 from iv3jax.generate.sampling import Sampling, filtered
-from iv3jax.mcr.grammar import LAST, advance, mask
+from iv3jax.mcr.grammar import advance, longest_forced, mask
 from iv3jax.mcr.language import TOOLS
 from iv3jax.mcr.prompts import Prompts, fill_bank
-from iv3jax.mcr.rollout import rollout
-from iv3jax.mcr.step import Work
+from iv3jax.mcr.rollout import prepare, program, rollout
+from iv3jax.mcr.step import Given, Loop, Work
 from iv3jax.mcr.trajectories import FORCED, FREE, OBSERVATION, PAD, PROMPT, Trajectories, as_batch
 from iv3jax.mcr.world import NO_TIME
 from iv3jax.sharding import make_mesh
@@ -34,6 +34,12 @@ def roll(
 ) -> tuple[Trajectories, Work]:
     """A group of rollouts of each prompt."""
     return rollout(*own.given(prompts, **changes), key, loops.GROUP)
+
+
+def prepare_loop(own: loops.Lab, prompts: Prompts) -> Loop:
+    """What `roll` compiles in."""
+    model, _, prompts, *rest = own.given(prompts)
+    return prepare(model, prompts, *rest, loops.GROUP)
 
 
 def after_prompts(found: Trajectories, prompts: Prompts) -> list[list[np.ndarray]]:
@@ -299,20 +305,42 @@ def test_a_full_cache_ends_its_row_and_no_other() -> None:
         assert_rows_equal([some], [[x[..., :length] for x in all_of_it]])
 
 
+def test_forced_tokens_are_fed_in_chunks_of_any_size() -> None:
+    """The run that is fed at once is short on a CPU and whole on a chip; what is said is the same."""
+    own = loops.lab()
+    prompts = loops.prompts_of(own)
+    wanted, _ = roll(own, prompts)
+    loop = prepare_loop(own, prompts)
+    given = Given(own.params, prompts, own.grammar, own.words, KEY)
+    whole = 1 + longest_forced(own.grammar)
+    assert loop.lengths.run == 2 < whole
+    passes = {}
+    for run in (1, whole):
+        found, work = program(replace(loop, lengths=replace(loop.lengths, run=run)), given)
+        assert_rows_equal(after_prompts(found, prompts), after_prompts(wanted, prompts))
+        passes[run] = int(work.decoded)
+    assert passes[whole] < passes[1]
+
+
 def test_finished_work_costs_nothing_and_is_counted() -> None:
-    """As many choices as tokens that were chosen, whatever the slots; spare slots add no passes."""
+    """As many row-steps as chunks of tokens that were fed, whatever the slots; spare slots add no passes."""
     own = loops.lab()
     prompts = loops.prompts_of(own)
     found, work = roll(own, prompts)
-    kinds, states = np.asarray(found.kinds), np.asarray(found.record.states)
-    free = int((kinds == FREE).sum())
-    # The first token of a step is one choice even where the grammar forces it.
-    starts = int(((kinds == FORCED) & (states == LAST)).sum())
-    assert int(work.choices) == free + starts
+    run = prepare_loop(own, prompts).lengths.run
+    assert int(work.choices) == sum(chunks_fed(kinds, run) for kinds in np.asarray(found.kinds))
     assert 0.5 < work.useful <= 1
     _, spare = roll(own, prompts, slots=32, patience=0.1)
     assert int(spare.choices) == int(work.choices)
     assert int(spare.decoded) // 32 < int(work.decoded) // own.config.slots
+
+
+def chunks_fed(kinds: np.ndarray, run: int) -> int:
+    """Of a row's tokens: a free one, or the first of a step, begins a run, of which `run` are fed at once."""
+    chosen = (kinds == FREE) | (kinds == FORCED)
+    begins = (kinds == FREE) | (chosen & ~np.r_[False, chosen[:-1]])
+    lengths = np.bincount(np.cumsum(begins)[chosen])
+    return int(np.sum(-(-lengths // run)))
 
 
 def test_nothing_compiles_after_the_first_call() -> None:
