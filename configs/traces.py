@@ -100,7 +100,7 @@ def _once() -> ml_collections.ConfigDict:
 def _wide() -> ml_collections.ConfigDict:
     """A long overview and the 8B's looks: learns their form, from a model that looks already."""
     config = _tiny(rare=False)
-    config.steps = 200
+    config.steps = 100
     config.length = 1536
     config.chunks = 144
     shown = ("seconds=96", "shown=1", "overview=64", "zoom=16", "varied=1")

@@ -2,6 +2,8 @@
 
 Exact over the vocabulary, over the teacher's K most likely tokens, or by the sampled token alone. All three
 have the gradient of the reverse KL of each token's distribution, given what the student wrote before it.
+Where that is what the teacher would hardly have written, its advice is about nothing, and may be left out
+(`trusted`).
 
 A fourth kind is what they are to be compared with: the teacher answers, and the student is fine-tuned on its
 words (sequence-level distillation, Kim and Rush, arXiv 1606.07947).
@@ -83,11 +85,14 @@ class Compared(NamedTuple):
         logprob, entropy: as in Chosen, by all the rules.
         kl: Σ π (log π − log q) over what the grammar allows, at the rules' temperature, without top-p and
             top-k: where those leave nothing of q, there would be no end to it.
+        reference: the teacher's log-probability of the label, by grammar and temperature alone; of its most
+            likely tokens, −inf where the label is none of them.
     """
 
     logprob: Array
     entropy: Array
     kl: Array
+    reference: Array
 
 
 def compared(
@@ -107,23 +112,26 @@ def compared(
         theirs = teacher.model.apply({"params": weights["teacher"]}, teachers, method="logits")
         temperature = rules.sampling.temperature
         kl = reverse_kl(logits / temperature, theirs / temperature, allowed)
-        return Compared(*chosen_of(logits, allowed, targets, rules.sampling), kl)
+        reference = _logprobs(theirs / temperature, allowed)
+        reference = jnp.take_along_axis(reference, targets[..., None], axis=-1)[..., 0]
+        return Compared(*chosen_of(logits, allowed, targets, rules.sampling), kl, reference)
 
     weights = {"student": student.head, "teacher": teacher.head, "grammar": rules.grammar}
     given = (student.hidden, teacher.hidden, jnp.maximum(targets, 0), states)
-    return Compared(*over_tokens(one, (0, 0, 0), chunk, weights, targets != IGNORE_LABEL, *given))
+    return Compared(*over_tokens(one, (0,) * 4, chunk, weights, targets != IGNORE_LABEL, *given))
 
 
 def reverse_kl(logits: Array, teacher: Array, allowed: Array) -> Array:
     """KL(π‖q) of (…, N) logits each, both renormalised over those allowed (…, N) bool → (…)."""
-
-    def logprobs(x: Array) -> Array:
-        x = jnp.where(allowed, x, -jnp.inf)
-        return jnp.where(allowed, x - jax.nn.logsumexp(x, axis=-1, keepdims=True), 0.0)
-
-    student = logprobs(logits)
-    each = jnp.exp(student) * (student - logprobs(teacher))
+    student = _logprobs(logits, allowed)
+    each = jnp.exp(student) * (student - _logprobs(teacher, allowed))
     return jnp.sum(jnp.where(allowed, each, 0.0), axis=-1)
+
+
+def _logprobs(logits: Array, allowed: Array) -> Array:
+    """Of (…, N) logits over those allowed (…, N) bool; 0 for the others."""
+    logits = jnp.where(allowed, logits, -jnp.inf)
+    return jnp.where(allowed, logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True), 0.0)
 
 
 class TopK(NamedTuple):
@@ -171,11 +179,12 @@ def top_k_kl(
         allowed = mask(weights["grammar"], states) | ~free[..., None]
         ours = jnp.take_along_axis(logits, ids, axis=-1) / rules.sampling.temperature
         kl = reverse_kl(ours, theirs, (theirs > -jnp.inf) | ~free[..., None])
-        return Compared(*chosen_of(logits, allowed, targets, rules.sampling), kl)
+        reference = jnp.max(jnp.where(ids == targets[..., None], theirs, -jnp.inf), axis=-1)
+        return Compared(*chosen_of(logits, allowed, targets, rules.sampling), kl, reference)
 
     weights = {"head": student.head, "grammar": rules.grammar}
     given = (student.hidden, jnp.maximum(targets, 0), states, top.ids, top.logprobs)
-    return Compared(*over_tokens(one, (0, 0, 0), chunk, weights, targets != IGNORE_LABEL, *given))
+    return Compared(*over_tokens(one, (0,) * 4, chunk, weights, targets != IGNORE_LABEL, *given))
 
 
 def sampled_losses(logprob: Array, reference: Array, sampler: Array, free: Array, most: float) -> Array:
@@ -188,6 +197,19 @@ def sampled_losses(logprob: Array, reference: Array, sampler: Array, free: Array
     change = jnp.where(free, logprob, 0.0)
     ratio = jnp.exp(change - jax.lax.stop_gradient(change))
     return -importance(logprob, sampler, free, most) * ratio * advantage
+
+
+def trusted(reference: Array, free: Array, least: float) -> Array:
+    """(B, T) bool: the free tokens before which the teacher gives each free one a probability of `least`.
+
+    The first that it does not counts still: there the student is set right. What follows it is a text that
+    the teacher would not have come to, such as looks at a time that was misread.
+
+    Args:
+        reference: (B, T), the teacher's log-probabilities of the free tokens; a row is one rollout.
+    """
+    strange = free & (jnp.where(free, reference, 0.0) < jnp.log(least))
+    return free & (jnp.cumsum(strange, axis=1) - strange == 0)
 
 
 @dataclass(frozen=True)
@@ -205,6 +227,8 @@ class DistillConfig:
         top: for "top_k", how many tokens.
         truncation: for "sampled", the most that a token counts for being likelier now than when it was
             sampled.
+        trust: what follows a token that the teacher gives a smaller probability is not learned from
+            (`trusted`), but for "sequence", whose tokens are the teacher's; 0: all is.
     """
 
     kind: str = "exact"
@@ -213,6 +237,7 @@ class DistillConfig:
     room: int = 0
     top: int = 64
     truncation: float = 2.0
+    trust: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -220,6 +245,8 @@ class DistillConfig:
             raise UserError(f"kind {self.kind!r} is not one of {', '.join(KINDS)}{near}")
         if self.truncation < 1:
             raise UserError(f"truncation {self.truncation} must be 1 or more")
+        if not 0 <= self.trust < 1:
+            raise UserError(f"trust {self.trust} must be 0 or more and below 1")
         for name, least in (("frames", 0), ("room", 0), ("top", 1)):
             if (value := getattr(self, name)) < least:
                 raise UserError(f"{name} {value} must be {least} or more")
@@ -228,7 +255,7 @@ class DistillConfig:
 def distillation(
     model: InternVideo3, config: DistillConfig, rules: Rules, teacher: Teacher | None = None
 ) -> Objective:
-    """The objective of a batch of rollouts (PolicyBatch): mean over their free tokens.
+    """The objective of a batch of rollouts (PolicyBatch): mean over their free tokens, 0 where not trusted.
 
     Args:
         rules: those the rollouts were sampled by. teacher: for kind="exact".
@@ -252,14 +279,18 @@ def distillation(
                 return jnp.where(batch.free, -found.logprob, 0.0), {"entropy": found.entropy}
             reference = needed(batch.reference, "reference")
             losses = sampled_losses(found.logprob, reference, batch.sampler, batch.free, config.truncation)
-            return losses, {"entropy": found.entropy}
+            return kept(losses, found.entropy, reference, batch.free)
         if config.kind == "top_k":
             top = TopK(needed(batch.top_ids, "top_ids"), needed(batch.top_logprobs, "top_logprobs"))
             seen = top_k_kl(reading, labels, batch.states, top, rules)
         else:
             assert teacher is not None, "refused above"
             seen = compared(reading, teacher.read(params, batch), labels, batch.states, rules)
-        return seen.kl, {"entropy": seen.entropy}
+        return kept(seen.kl, seen.entropy, seen.reference, batch.free)
+
+    def kept(losses: Array, entropy: Array, reference: Array, free: Array) -> Terms:
+        counted = trusted(reference, free, config.trust)
+        return jnp.where(counted, losses, 0.0), {"entropy": entropy, "trusted": counted.astype(jnp.float32)}
 
     def losses(params: Params, batch: PolicyBatch, key: Array) -> Array:
         return terms(params, batch, key)[0]

@@ -222,7 +222,7 @@ def reinforcement(
         if config.kl == "exact":
             assert reference is not None, "refused above"
             theirs = reference.read(params, batch)
-            logprob, entropy, kl = compared(reading, theirs, labels, batch.states, rules)
+            logprob, entropy, kl, _ = compared(reading, theirs, labels, batch.states, rules)
         else:
             (logprob, entropy), kl = chosen(reading, labels, batch.states, rules), None
         found = policy_losses(config, logprob, batch, kl)._asdict()

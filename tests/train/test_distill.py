@@ -26,6 +26,7 @@ from iv3jax.train.distill import (
     sampled_losses,
     teacher_top_k,
     top_k_kl,
+    trusted,
 )
 from iv3jax.train.policy import Reading, Rules, chosen, token_logprobs
 from iv3jax.train.policy_batch import PolicyBatch
@@ -89,6 +90,8 @@ def test_exact_kl_equals_enumeration(case, chunk):
             expected[at] = plain_kl(ours[at], theirs[at], ids)
     assert expected.max() > 0.1 and difference(got.kl, expected) <= 2e-5
     assert difference(got.logprob, alone.logprob) <= 1e-6 and difference(got.entropy, alone.entropy) <= 1e-6
+    plain = chosen(teacher, targets, states, rules.unfiltered, chunk)
+    assert difference(got.reference, plain.logprob) <= 1e-5
 
 
 @pytest.mark.parametrize("k", [1, 3, 60, VOCAB])
@@ -99,11 +102,12 @@ def test_top_k_is_renormalised_on_both_sides(case, k):
         teacher.hidden
     )
     assert top.ids.shape == (2, 37, k) and top.ids.dtype == jnp.int32
-    got = jax.jit(lambda h: top_k_kl(with_hidden(student, h), targets, states, top, rules, 10).kl)(
+    found = jax.jit(lambda h: top_k_kl(with_hidden(student, h), targets, states, top, rules, 10))(
         student.hidden
     )
     ours, theirs = logits_of(student), logits_of(teacher)
     expected, fewer = np.zeros(targets.shape), 0
+    references = np.asarray(chosen(teacher, targets, states, rules.unfiltered, 10).logprob)
     for at in np.ndindex(targets.shape):
         if targets[at] != IGNORE_LABEL:
             ids = np.flatnonzero(rules.grammar.allowed[states[at]][rules.grammar.token_class])
@@ -112,11 +116,13 @@ def test_top_k_is_renormalised_on_both_sides(case, k):
             kept = np.asarray(top.logprobs)[at] > -np.inf
             assert sorted(np.asarray(top.ids)[at][kept]) == sorted(best)
             expected[at] = plain_kl(ours[at], theirs[at], best)
+            wanted = references[at] if targets[at] in best else -np.inf
+            assert float(found.reference[at]) == pytest.approx(wanted, abs=1e-5)
     assert fewer or k < 60
-    assert difference(got, expected) <= 2e-5
+    assert difference(found.kl, expected) <= 2e-5
     if k == VOCAB:
         whole = jax.jit(lambda h: compared(with_hidden(student, h), teacher, targets, states, rules, 10).kl)
-        assert difference(got, whole(student.hidden)) <= 2e-5
+        assert difference(found.kl, whole(student.hidden)) <= 2e-5
 
 
 def test_gradients_are_the_exact_ones(case):
@@ -171,6 +177,16 @@ def test_other_tokens_change_nothing():
     given = [jnp.array([[x, jnp.nan]]) for x in (-1.0, -2.0, -1.0)]
     value, gradient = jax.value_and_grad(lambda x: sampled_losses(x, *given[1:], free, 2.0).sum())(given[0])
     assert float(value) == pytest.approx(1.0) and gradient.tolist() == [[pytest.approx(1.0), 0.0]]
+
+
+def test_what_follows_a_token_of_no_trust_is_left_out():
+    """The token itself counts, others than free ones say nothing, and rows do not touch."""
+    free = jnp.array([[0, 1, 1, 0, 1, 1], [1, 1, 0, 1, 1, 0]], bool)
+    reference = jnp.log(jnp.array([[0.0, 0.9, 0.04, 0.0, 0.9, 0.01], [0.5, 0.06, 0.0, 0.3, 1.0, 0.0]]))
+    assert trusted(reference, free, 0.05).astype(int).tolist() == [[0, 1, 1, 0, 0, 0], [1, 1, 0, 1, 1, 0]]
+    unknown = reference.at[0, 1].set(-jnp.inf)
+    assert trusted(unknown, free, 0.05).astype(int).tolist()[0] == [0, 1, 0, 0, 0, 0]
+    assert jnp.array_equal(trusted(unknown, free, 0.0), free)
 
 
 def test_no_array_of_all_logits(case):
@@ -245,6 +261,25 @@ def test_a_step_of_the_loop():
 
     assert tree_difference(by_samples, jax.jit(jax.grad(plain))(params)) <= 2e-5
 
+    # With trust: as if the losses after the first token that the teacher would hardly write were 0.
+    least = float(np.exp(np.quantile(np.asarray(reference)[rollouts.free], 0.2)))
+    some = np.asarray(trusted(reference, rollouts.free, least))
+    assert 0.2 * count < some.sum() < 0.9 * count
+    whole = jax.jit(exact.losses)({**params, TEACHER: others}, rollouts, None)
+    for kind, params_of, batch in (
+        ("exact", {**params, TEACHER: others}, rollouts),
+        ("top_k", params, given),
+        ("sampled", params, given),
+    ):
+        of = [
+            distillation(model, DistillConfig(kind, trust=x), rules, Teacher(other)).losses
+            for x in (0.0, least)
+        ]
+        everywhere, cut = (jax.jit(losses)(params_of, batch, None) for losses in of)
+        assert difference(cut, np.where(some, everywhere, 0.0)) <= 1e-6
+        if kind != "sampled":
+            assert difference(everywhere, whole) <= 2e-5
+
     def fine_tuning(params):
         return -token_logprobs(model, params, rollouts.batch, labels, states, rules).logprob.sum() / count
 
@@ -291,7 +326,11 @@ def test_a_teacher_with_a_view_of_its_own():
 
 @pytest.mark.parametrize(
     ("fields", "says"),
-    [(dict(kind="exat"), "did you mean 'exact'"), (dict(truncation=0.5), "truncation 0.5")],
+    [
+        (dict(kind="exat"), "did you mean 'exact'"),
+        (dict(truncation=0.5), "truncation 0.5"),
+        (dict(trust=1.0), "trust 1.0 must be"),
+    ],
 )
 def test_wrong_configs_are_refused(fields, says):
     with pytest.raises(UserError, match=says):
