@@ -27,7 +27,7 @@ def get_config(variant: str | None = None) -> ml_collections.ConfigDict:
     if variant == "tiny":
         config.optimizer.learning_rate = 1e-3
         config.collect.update(prompts=32, group=1)
-        config.distill = dict(kind="exact", frames=16, room=144)
+        config.distill = dict(kind="exact", frames=16, room=144, trust=0.05)
     else:
         config.steps = 200
         config.accumulate = 1

@@ -13,6 +13,7 @@ from iv3jax.bench.cells import Cells
 from iv3jax.bench.conversion import bench_conversion, format_table
 from iv3jax.bench.conversion_lab import Lab, distill_layer, load_source, make, model_of, rope_step
 from iv3jax.bench.perplexity import log_perplexity
+from iv3jax.bench.transmla_code import main as measure_transmla
 from iv3jax.checkpoint.load import load
 from iv3jax.conversion.calibration import from_samples, text_sample
 from iv3jax.conversion.config import ConvertConfig, plan
@@ -123,3 +124,10 @@ def test_parts_and_their_tables():
     assert "source" in shown and "0.250" in shown and "steps=2" in shown
     with pytest.raises(UserError, match="there are text, video"):
         bench_conversion("sound")
+
+
+def test_a_folder_that_is_no_clone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure_transmla([str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "partial_rope.py: not there" in said and said.count("\n") == 1
+    assert measure_transmla([]) == 2
