@@ -98,12 +98,12 @@ def _once() -> ml_collections.ConfigDict:
 
 
 def _wide() -> ml_collections.ConfigDict:
-    """A long overview and the 8B's looks: learns their form, from a model that looks already."""
+    """The 8B's frames in overview and looks: learns their form, from a model that looks already."""
     config = _tiny(rare=False)
-    config.steps = 100
-    config.length = 1536
-    config.chunks = 144
-    shown = ("seconds=96", "shown=1", "overview=64", "zoom=16", "varied=1")
+    config.steps = 200
+    config.length = 1024
+    config.chunks = 112
+    shown = ("seconds=96", "shown=1", "overview=32", "zoom=16", "varied=1")
     config.data.sources = (
         dict(kind="task:read", weight=2.0, options=("varied=1",)),
         *_chases(1.0, shown),
