@@ -8,19 +8,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from iv3jax.checkpoint.files import TensorFiles
 from iv3jax.checkpoint.load import LoadedModel, load
 from iv3jax.checkpoint.names import insert, tensors
-from iv3jax.conversion import latent, passes
 from iv3jax.conversion.calibration import Calibration
 from iv3jax.conversion.config import ConvertConfig, converted_config, plan
 from iv3jax.conversion.convert import convert_layers, prepare
@@ -30,17 +27,9 @@ from iv3jax.conversion.run import Conversion, begin, run_source
 from iv3jax.conversion.source import Source
 from iv3jax.conversion.split import split_of
 from iv3jax.conversion.work import Work
-from iv3jax.models.attention import M2LAAttention
-from iv3jax.models.config import TextConfig
 from iv3jax.models.internvideo3 import InternVideo3
-from iv3jax.models.layers import Execution, RMSNorm
-from iv3jax.typing import Array, Params
-
-STEPS = 60
-RATE = 1e-3
-"""Of a light distillation: Adam's steps for each layer, and its learning rate, which falls to 0 linearly."""
-
-_ADAM = optax.scale_by_adam()
+from iv3jax.models.layers import Execution
+from iv3jax.typing import Params
 
 
 @dataclass(frozen=True)
@@ -56,14 +45,6 @@ class Made:
     run: Conversion
     ranks: tuple[int, ...]
     attention: tuple[Params, ...]
-
-    @property
-    def text(self) -> TextConfig:
-        """The converted model's decoder."""
-        source = self.run.source
-        return converted_config(
-            source.config, source.target_type, self.run.plan, self.ranks, False
-        ).text_config
 
     @property
     def numbers(self) -> float:
@@ -200,61 +181,6 @@ def model_of(made: Made, source: LoadedModel) -> LoadedModel:
 def load_source(folder: Path) -> LoadedModel:
     """The source as `model_of` takes it."""
     return load(folder, run=Execution(scan_layers=False))
-
-
-def distilled(made: Made, steps: int = STEPS, rate: float = RATE) -> Made:
-    """Every layer's attention trained to give what the source's gives on the source's hidden states.
-
-    Layers do not see each other. One step sees one batch of the calibration tokens.
-    """
-    layers = tuple(distill_layer(made, i, steps, rate)[0] for i in range(len(made.attention)))
-    return replace(made, attention=layers)
-
-
-def distill_layer(
-    made: Made, layer: int, steps: int = STEPS, rate: float = RATE
-) -> tuple[Params, list[float]]:
-    """One layer's parameters, and the share of the output's energy that was missed at each step."""
-    run, config = made.run, made.text.of_layer(layer)
-    source, hidden = run.params(layer), run.hidden(f"source_{layer}")
-    params = jax.tree.map(jnp.asarray, made.attention[layer])
-    state, missed = _ADAM.init(params), []
-    for step in range(steps):
-        b = run.fitted[step % len(run.fitted)]
-        given = (source, hidden(b), run.stream.rows(b), run.stream.modality(b))
-        now = rate * (1 - step / steps)
-        params, state, loss = _distill_step(run.text, config, params, state, jnp.float32(now), *given)
-        missed.append(float(loss))
-    return jax.tree.map(np.asarray, params), missed
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _distill_step(
-    text: TextConfig,
-    config: TextConfig,
-    params: Params,
-    state: optax.OptState,
-    rate: Array,
-    source: Params,
-    hidden: Array,
-    rows: passes.Rows,
-    modality: Array,
-) -> tuple[Params, optax.OptState, Array]:
-    p = passes.parts(text, source, hidden)
-    context = passes.attend(passes.source_logits(text, p, rows.rope), rows.mask(), p.value)
-    wanted = passes.project_out(source, context)
-    norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-    x = norm.apply({"params": source["input_layernorm"]}, hidden)
-    known = latent.tokens(config, rows, modality)
-
-    def missed(params: Params) -> Array:
-        found, _ = M2LAAttention(config).apply({"params": params}, x, known, None, jnp.int32(0))
-        counted = (modality >= 0).astype(jnp.float32)[..., None]
-        return jnp.sum(counted * (found - wanted) ** 2) / jnp.sum(counted * wanted**2)
-
-    loss, gradients = jax.value_and_grad(missed)(params)
-    updates, state = _ADAM.update(gradients, state)
-    return jax.tree.map(lambda x, u: x - rate * u, params, updates), state, loss
 
 
 def _split_alike(one: str, other: str) -> bool:

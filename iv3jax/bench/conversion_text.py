@@ -15,7 +15,8 @@ import numpy as np
 from rich.table import Table
 
 from iv3jax.bench.cells import Cells
-from iv3jax.bench.conversion_lab import RATE, STEPS, Lab, distilled, load_source, make, model_of, rope_step
+from iv3jax.bench.conversion_distill import RATES, distilled
+from iv3jax.bench.conversion_lab import Lab, load_source, make, model_of, rope_step
 from iv3jax.bench.packages import CACHE
 from iv3jax.bench.perplexity import token_losses
 from iv3jax.bench.smollm2 import smollm2_folder
@@ -93,7 +94,7 @@ def bench_text(folder: Path, packages: Path = CACHE) -> dict[str, Any]:
         "source": bench.means(bench.source_losses()),
         "calibration_tokens": CALIBRATION * WINDOW,
         "texts": {name: [count, TEST_WINDOW] for name, count in TEXTS.items()},
-        "distillation": {"steps": STEPS, "tokens": STEPS * ROWS * WINDOW, "learning_rate": RATE},
+        "distillation": {"steps": CALIBRATION // ROWS, "tokens": ROWS * WINDOW, "learning_rate": RATES},
         "rows": with_ratios(rows),
     }
 
@@ -119,7 +120,9 @@ def points(layouts: dict[tuple[str, str], tuple[int, int]]) -> list[Point]:
         else:
             found.append(point(size, "iv3", "iv3, ranks by layer", budget="dynamic"))
         if size in DISTILLED:
-            found += [point(size, m, f"{m}, distilled", distilled=True) for m in (PEER, "iv3")]
+            found.append(point(size, PEER, f"{PEER}, distilled", distilled=True))
+            ours = "iv3, ranks by layer, distilled"
+            found.append(point(size, "iv3", ours, budget="dynamic", distilled=True))
     return found
 
 
@@ -191,9 +194,10 @@ class _Bench:
         with lab.prepared(point.method, point.rope_dim, point.freqfold) as run:
             none = point.budget == "none"
             made = rope_step(run) if none else make(run, point.rank, point.budget)
-            if point.distilled:
-                made = distilled(made)
-        return model_of(made, self.model)
+        model = model_of(made, self.model)
+        if not point.distilled:
+            return model
+        return distilled(model, self.model, lab.calibration.batches, RATES[point.method])[0]
 
     def source_losses(self) -> dict[str, list[float]]:
         """Of each text's windows."""
@@ -211,7 +215,7 @@ class _Bench:
 
     def measured(self, point: Point) -> dict[str, Any]:
         """A line of the table, without its ratios."""
-        kind = "distilled" if point.distilled else point.budget
+        kind = f"{point.budget}-distilled" if point.distilled else point.budget
         name = f"{point.method}-e{point.rope_dim}-f{point.freqfold}-r{point.rank}-{kind}"
         losses = self.cells(name, lambda: self._losses(self._converted(self.large, point)))
         source = self.source_losses()
@@ -229,9 +233,9 @@ def format_table(result: dict[str, Any]) -> str:
     table = Table(
         title=f"excess log-perplexity over SmolLM2-135M's ({source}), calibrated on "
         f"{result['calibration_tokens']:,} tokens",
-        caption=f"distilled: each layer by itself, Adam, {trained['steps']} steps of "
-        f"{trained['tokens'] // trained['steps']:,} calibration tokens, "
-        f"learning rate {trained['learning_rate']:g} → 0",
+        caption=f"distilled: attention, end to end, forward KL, Adam, {trained['steps']} steps of "
+        f"{trained['tokens']:,} calibration tokens, learning rate "
+        + ", ".join(f"{rate:g} ({method})" for method, rate in trained["learning_rate"].items()),
     )
     table.add_column("cache")
     table.add_column("method")

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from models.peers import even_config, random_tensors, write_folder
@@ -11,7 +12,8 @@ from iv3jax.bench import conversion_text as text
 from iv3jax.bench import conversion_video as video
 from iv3jax.bench.cells import Cells
 from iv3jax.bench.conversion import bench_conversion, format_table
-from iv3jax.bench.conversion_lab import Lab, distill_layer, load_source, make, model_of, rope_step
+from iv3jax.bench.conversion_distill import distilled
+from iv3jax.bench.conversion_lab import Lab, load_source, make, model_of, rope_step
 from iv3jax.bench.perplexity import log_perplexity
 from iv3jax.bench.transmla_code import main as measure_transmla
 from iv3jax.checkpoint.load import load
@@ -70,14 +72,31 @@ def test_steps_are_shared_and_only_ours_are_fitted_to_logits(folder: Path, tmp_p
 
 
 @pytest.mark.parametrize("method", ["transmla", "iv3"])
-def test_distillation_brings_a_layer_nearer_to_the_source(folder: Path, tmp_path: Path, method: str):
-    lab = lab_of(folder, tmp_path)
+def test_distillation_brings_the_model_nearer_to_the_source(folder: Path, tmp_path: Path, method: str):
+    lab, source = lab_of(folder, tmp_path), load_source(folder)
     with lab.prepared(method, CONFIG.text_config.head_dim, 1) as run:
-        made = make(run, 8)
-        params, missed = distill_layer(made, 1, steps=24, rate=1e-2)
+        converted = model_of(make(run, 8), source)
+    trained, missed = distilled(converted, source, lab.calibration.batches * 6, rate=3e-3)
     assert np.mean(missed[-4:]) < 0.9 * np.mean(missed[:4])
-    for name, value in made.attention[1]["kv_b_proj"].items():
-        assert params["kv_b_proj"][name].shape == value.shape
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), trained.params, converted.params)
+    for path, one in jax.tree_util.tree_leaves_with_path(changed):
+        assert one == ("self_attn" in jax.tree_util.keystr(path))
+
+
+def test_distillation_begins_at_the_divergence_itself(folder: Path, tmp_path: Path):
+    lab, source = lab_of(folder, tmp_path), load_source(folder)
+    with lab.prepared("transmla", CONFIG.text_config.head_dim, 1) as run:
+        converted = model_of(make(run, 8), source)
+    batch = lab.calibration.batches[0]
+    logprobs = []
+    for one in (source, converted):
+        hidden = one.model.apply({"params": one.params}, batch).hidden
+        logits = one.model.apply({"params": one.params}, hidden, method="logits")
+        logprobs.append(np.asarray(jax.nn.log_softmax(logits), np.float64))
+    wanted = (np.exp(logprobs[0]) * (logprobs[0] - logprobs[1])).sum(axis=-1).mean()
+    assert (np.asarray(batch.segment_ids) != 0).all()
+    _, missed = distilled(converted, source, [batch], rate=0.0)
+    np.testing.assert_allclose(missed, [wanted], rtol=1e-4)
 
 
 def test_lines_of_the_table():
@@ -91,7 +110,9 @@ def test_lines_of_the_table():
     made = text.with_ratios(rows)
     assert all(r["ratio"]["a"] == (0.5 if r["method"] == "iv3" else 1.0) for r in made)
     result = dict(source={"a": 3.6}, calibration_tokens=512, rows=made)
-    shown = text.format_table(result | {"distillation": dict(steps=60, tokens=600, learning_rate=1e-3)})
+    shown = text.format_table(
+        result | {"distillation": dict(steps=60, tokens=600, learning_rate={"iv3": 1e-3})}
+    )
     assert "iv3, ranks by layer" in shown and "0.500 ±0.010" in shown
 
 
