@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from iv3jax.bench.conversion_lab import with_attention
 from iv3jax.checkpoint.load import LoadedModel
 from iv3jax.models.batch import Batch
 from iv3jax.models.internvideo3 import InternVideo3
@@ -52,7 +53,7 @@ def distilled(
             given = (converted.params, source.params, jax.tree.map(jnp.asarray, batch))
             attention, state, kl = _step(*models, attention, state, jnp.float32(now), *given)
             missed.append(float(kl))
-    return replace(converted, params=_with_attention(converted.params, attention)), missed
+    return replace(converted, params=with_attention(converted.params, attention)), missed
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -70,7 +71,7 @@ def _step(
     real = batch.segment_ids != 0
 
     def missed(attention: Params) -> Array:
-        found = _logits(student, _with_attention(params, attention), batch)
+        found = _logits(student, with_attention(params, attention), batch)
         # The reverse KL of the teacher beside the student is the student's forward one.
         kl = reverse_kl(wanted, found, jnp.ones(wanted.shape, bool))
         return jnp.sum(jnp.where(real, kl, 0.0)) / jnp.sum(real)
@@ -85,11 +86,3 @@ def _logits(model: InternVideo3, params: Params, batch: Batch) -> Array:
     hidden = model.apply({"params": params}, batch).hidden
     logits: Array = model.apply({"params": params}, hidden, method="logits")
     return logits.astype(jnp.float32)
-
-
-def _with_attention(params: Params, attention: Params) -> Params:
-    """The parameters with other `self_attn` in the layers named."""
-    decoder = dict(params["language_model"])
-    for name, own in attention.items():
-        decoder[name] = {**decoder[name], "self_attn": own}
-    return {**params, "language_model": decoder}

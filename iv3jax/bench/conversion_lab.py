@@ -170,12 +170,18 @@ def model_of(made: Made, source: LoadedModel) -> LoadedModel:
     """The converted model, whose other weights are the loaded source's (layers standing alone)."""
     run = made.run
     config = converted_config(source.config, run.source.target_type, run.plan, made.ranks, False)
-    decoder = dict(source.params["language_model"])
-    for i, attention in enumerate(made.attention):
-        decoder[f"layers_{i}"] = {**decoder[f"layers_{i}"], "self_attn": jax.tree.map(jnp.asarray, attention)}
-    params = {**source.params, "language_model": decoder}
+    attention = {f"layers_{i}": jax.tree.map(jnp.asarray, own) for i, own in enumerate(made.attention)}
+    params = with_attention(source.params, attention)
     model = InternVideo3(config, Execution(scan_layers=False))
     return LoadedModel(model, params, source.folder, source.mesh)
+
+
+def with_attention(params: Params, attention: Params) -> Params:
+    """A model's parameters with other `self_attn` in the layers named."""
+    decoder = dict(params["language_model"])
+    for name, own in attention.items():
+        decoder[name] = {**decoder[name], "self_attn": own}
+    return {**params, "language_model": decoder}
 
 
 def load_source(folder: Path) -> LoadedModel:
