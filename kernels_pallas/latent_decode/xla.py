@@ -1,7 +1,7 @@
 """latent_decode in XLA, the whole cache read once: block by block with a running softmax.
 
-A block stays in a CPU's cache between scores and values, and only blocks that some query sees are read. For
-bf16, and for few queries of small caches, the plain form is faster on a CPU, and taken.
+A block stays in a CPU's cache between scores and values, and of each row only those blocks are read that one
+of its queries sees: rows of any lengths, and rows without queries, wait for nobody. For bf16, and for few queries of small caches, the plain form is faster on a CPU, and taken.
 """
 
 from functools import partial
@@ -61,55 +61,71 @@ def latent_decode(
         size, end = together * page, page_table.shape[1] * page
         page_table = jnp.pad(page_table, [(0, 0), (0, -page_table.shape[1] % together)])
 
-    def block(x: jax.Array, start: jax.Array, slots_axis: int) -> jax.Array:
-        """`size` slots of one layer of a cache's array, from `start` on: (B, …, size, …)."""
+    def blocks(x: jax.Array, row: jax.Array, start: jax.Array, slots_axis: int) -> jax.Array:
+        """Of one layer of a cache's array `size` slots of each of these rows: (B, …, size, …)."""
         if page_table is None:
-            begin: list[jax.Array | int] = [layer, *[0] * (x.ndim - 1)]
-            sizes = [1, *x.shape[1:]]
-            begin[slots_axis], sizes[slots_axis] = start, size
-            return jax.lax.dynamic_slice(x, begin, sizes)[0]
-        pages = jax.lax.dynamic_slice_in_dim(page_table, start // page, size // page, axis=1)
+
+            def one(row: jax.Array, start: jax.Array) -> jax.Array:
+                begin: list[jax.Array | int] = [layer, row, *[0] * (x.ndim - 2)]
+                sizes = [1, 1, *x.shape[2:]]
+                begin[slots_axis], sizes[slots_axis] = start, size
+                return jax.lax.dynamic_slice(x, begin, sizes)[0, 0]
+
+            return jax.vmap(one)(row, start)
+        pages = page_table[row[:, None], (start // page)[:, None] + jnp.arange(size // page)]
         # (B, pages, …): the pages' axis moves to the slots' and becomes one with it.
         found = jnp.moveaxis(x[layer, pages], 1, slots_axis - 1)
         return found.reshape(*found.shape[: slots_axis - 1], size, *found.shape[slots_axis + 1 :])
 
     query = jnp.concatenate([q_latent, q_rope], axis=-1).astype(dtype)
     query = query.reshape(rows, tokens * heads, -1)
-    last = jnp.repeat(query_slots, heads, axis=1)[..., None]
+    last = jnp.repeat(query_slots, heads, axis=1)
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     dot = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+    merge = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    # Each row has as many blocks as it needs; all are one list, of which each turn takes as many as rows.
+    needed = jnp.maximum(jnp.max(query_slots, axis=1) + size, 0) // size
+    after = jnp.cumsum(needed)
 
-    def over(j: jax.Array, state: tuple) -> tuple:
+    def over(turn: jax.Array, state: tuple) -> tuple:
+        number = turn * rows + jnp.arange(rows, dtype=jnp.int32)
+        real, number = number < after[-1], jnp.minimum(number, after[-1] - 1)
+        row = jnp.sum(number[:, None] >= after, axis=1)
+        first = (number - (after - needed)[row]) * size
         # Without pages the last block is moved back to end at the capacity; its first slots were seen before.
-        start = j * size if page_table is not None else jnp.minimum(j * size, end - size)
-        slots = start + jnp.arange(size, dtype=jnp.int32)
-        values = block(latents.values, start, 2)
+        start = first if page_table is not None else jnp.minimum(first, end - size)
+        slots = start[:, None] + jnp.arange(size, dtype=jnp.int32)
+        values = blocks(latents.values, row, start, 2)
         if latents.scale is not None and latents.k_rope is not None:
-            codes_scale = jnp.swapaxes(block(latents.scale, start, 3), 1, 2)
+            codes_scale = jnp.swapaxes(blocks(latents.scale, row, start, 3), 1, 2)
             c = dequantize(values, codes_scale)
-            values = jnp.concatenate([c, block(latents.k_rope, start, 2).astype(c.dtype)], axis=-1)
+            values = jnp.concatenate([c, blocks(latents.k_rope, row, start, 2).astype(c.dtype)], axis=-1)
         values = values.astype(dtype)
-        logits = dot("bqw,bsw->bqs", query, values) * scale
+        logits = dot("bqw,bsw->bqs", query[row], values) * scale
         if logit_scale is not None:
-            factor = block(logit_scale, start, 3)
+            factor = blocks(logit_scale, row, start, 3)
             factor = jnp.repeat(factor, heads // factor.shape[1], axis=1)
             logits *= jnp.tile(factor, (1, tokens, 1))
-        logits = jnp.where((slots <= last) & (slots >= j * size), logits, -jnp.inf)
+        seen = (slots >= first[:, None]) & real[:, None]
+        logits = jnp.where(seen[:, None] & (slots[:, None] <= last[row][..., None]), logits, -jnp.inf)
         top, total, out = state
-        new = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
-        weights, shrink = jnp.exp(logits - new), jnp.exp(top - new)
-        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
-        return new, total, out * shrink + dot("bqs,bsw->bqw", weights.astype(dtype), values)
+        mine = row[:, None] == jnp.arange(rows)
+        tops = jnp.where(mine[..., None], jnp.max(logits, axis=-1)[:, None], -jnp.inf)
+        new = jnp.maximum(top, jnp.max(tops, axis=0))
+        weights, shrink = jnp.exp(logits - new[row][..., None]), jnp.exp(top - new)
+        own = mine.astype(jnp.float32)
+        total = total * shrink + merge("nb,nq->bq", own, jnp.sum(weights, axis=-1))
+        found = dot("bqs,bsw->bqw", weights.astype(dtype), values)
+        return new, total, out * shrink[..., None] + merge("nb,nqw->bqw", own, found)
 
     # The least finite number, not −inf: exp(−inf − −inf) of a row that sees nothing would be NaN.
     state = (
-        jnp.full((rows, tokens * heads, 1), jnp.finfo(jnp.float32).min),
-        jnp.zeros((rows, tokens * heads, 1)),
+        jnp.full((rows, tokens * heads), jnp.finfo(jnp.float32).min),
+        jnp.zeros((rows, tokens * heads)),
         jnp.zeros(query.shape),
     )
-    blocks = (jnp.max(query_slots) + size) // size
-    top, total, out = jax.lax.fori_loop(0, blocks, over, state)
+    top, total, out = jax.lax.fori_loop(0, (after[-1] + rows - 1) // rows, over, state)
     lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
-    out = out / jnp.where(total == 0, 1.0, total)
+    out = out / jnp.where(total == 0, 1.0, total)[..., None]
     shape = (1, rows, tokens, heads)
     return out.reshape(*shape, -1)[..., :rank], lse.reshape(shape)
