@@ -90,6 +90,21 @@ def test_xla_in_several_blocks(sizes):
     assert_same(case.run("xla"), case.reference(), FP32)
 
 
+@pytest.mark.parametrize("extra", [{}, {"pages": 5}, {"kind": "int8", "groups": 2}])
+def test_xla_reads_of_each_row_its_own_blocks(extra):
+    """One row of five is far longer, one sees nothing: what no row needs is not touched, not a number."""
+    last = ((269, 270), (3, 4), (-1, -1), (64, 40), (31, 32))
+    slots = 60 if "pages" in extra else 300
+    case = Case(rows=5, tokens=2, slots=slots, last=last, **extra)
+    expected = case.reference()
+    args, kwargs = case.arguments()
+    if not extra:
+        needed = -(-(np.max(last, axis=1) + 1) // 32) * 32
+        unread = np.arange(slots)[:, None] >= needed[:, None, None]
+        args = (*args[:2], Latents(np.where(unread, np.float32(np.nan), args[2].values)), *args[3:])
+    assert_same(call("xla", args, **kwargs), expected, FP32)
+
+
 @pytest.mark.medium
 @pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
 def test_generated_shapes(implementation):
