@@ -1,7 +1,8 @@
 """latent_decode in XLA, the whole cache read once: block by block with a running softmax.
 
 A block stays in a CPU's cache between scores and values, and of each row only those blocks are read that one
-of its queries sees: rows of any lengths, and rows without queries, wait for nobody. For bf16, and for few queries of small caches, the plain form is faster on a CPU, and taken.
+of its queries sees: rows of any lengths, and rows without queries, wait for nobody. For bf16, and for few
+queries of small caches, the plain form is faster on a CPU, and taken.
 """
 
 from functools import partial
