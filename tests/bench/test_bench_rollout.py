@@ -7,7 +7,7 @@ from iv3jax.bench.rollout import bench_rollout, format_table
 
 @pytest.mark.slow
 def test_both_loops_answer():
-    small = ("collect.prompts=4", "collect.group=8", "rollout.slots=16")
+    small = ("collect.prompts=4", "collect.group=8", "rollout.slots=4")
     found = bench_rollout(rounds=1, overrides=small)
     ours, theirs = found["rows"]
     assert found["rollouts"] == 32
