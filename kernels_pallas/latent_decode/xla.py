@@ -83,7 +83,7 @@ def latent_decode(
     last = jnp.repeat(query_slots, heads, axis=1)
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     dot = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
-    merge = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    to_rows = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     # Each row has as many blocks as it needs; all are one list, of which each turn takes as many as rows.
     needed = jnp.maximum(jnp.max(query_slots, axis=1) + size, 0) // size
     after = jnp.cumsum(needed)
@@ -110,14 +110,15 @@ def latent_decode(
         seen = (slots >= first[:, None]) & real[:, None]
         logits = jnp.where(seen[:, None] & (slots[:, None] <= last[row][..., None]), logits, -jnp.inf)
         top, total, out = state
+        # Blocks of one row may meet in a turn: which (N,) is whose (B,).
         mine = row[:, None] == jnp.arange(rows)
         tops = jnp.where(mine[..., None], jnp.max(logits, axis=-1)[:, None], -jnp.inf)
         new = jnp.maximum(top, jnp.max(tops, axis=0))
         weights, shrink = jnp.exp(logits - new[row][..., None]), jnp.exp(top - new)
         own = mine.astype(jnp.float32)
-        total = total * shrink + merge("nb,nq->bq", own, jnp.sum(weights, axis=-1))
+        total = total * shrink + to_rows("nb,nq->bq", own, jnp.sum(weights, axis=-1))
         found = dot("bqs,bsw->bqw", weights.astype(dtype), values)
-        return new, total, out * shrink[..., None] + merge("nb,nqw->bqw", own, found)
+        return new, total, out * shrink[..., None] + to_rows("nb,nqw->bqw", own, found)
 
     # The least finite number, not −inf: exp(−inf − −inf) of a row that sees nothing would be NaN.
     state = (
