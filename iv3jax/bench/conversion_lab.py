@@ -65,13 +65,15 @@ class Lab:
     folder: Path
 
     @contextmanager
-    def prepared(self, method: str, rope_dim: int, freqfold: int) -> Iterator[Conversion]:
-        """A conversion, of no rank yet, with all steps that no rank decides.
+    def prepared(self, method: str, rope_dim: int, freqfold: int | None) -> Iterator[Conversion]:
+        """A conversion, of no rank yet, with all steps that no rank decides; without a folding of pairs that
+        each layer chooses.
 
         Steps that are the same as another conversion's are that one's: the source's pass, and where keys
         are split alike (`_split_alike`), the split.
         """
-        config = ConvertConfig(rank=1, method=method, rope_dim=rope_dim, freqfold=freqfold)
+        pairs = "chosen" if freqfold is None else "even"
+        config = ConvertConfig(rank=1, method=method, rope_dim=rope_dim, freqfold=freqfold, rope_pairs=pairs)
         calibration = {"calibration": self.calibration.fingerprint}
         prints = {"method": asdict(METHODS[method]), **calibration}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +94,7 @@ class Lab:
 
 
 def _name(method: str, config: ConvertConfig) -> str:
-    return f"{method}-e{config.rope_dim}-f{config.freqfold}"
+    return f"{method}-e{config.rope_dim}-f{config.freqfold or 'chosen'}"
 
 
 def make(run: Conversion, rank: int, budget: str = "uniform") -> Made:
@@ -169,7 +171,8 @@ def _cut(made: Made, run: Conversion) -> Made:
 def model_of(made: Made, source: LoadedModel) -> LoadedModel:
     """The converted model, whose other weights are the loaded source's (layers standing alone)."""
     run = made.run
-    config = converted_config(source.config, run.source.target_type, run.plan, made.ranks, False)
+    anchors = [run.work.arrays(f"split_{i}")["anchor"] for i in range(len(made.ranks))]
+    config = converted_config(source.config, run.source.target_type, run.plan, made.ranks, False, anchors)
     attention = {f"layers_{i}": jax.tree.map(jnp.asarray, own) for i, own in enumerate(made.attention)}
     params = with_attention(source.params, attention)
     model = InternVideo3(config, Execution(scan_layers=False))

@@ -37,6 +37,9 @@ CHOSEN_AT = {"25 %": "31 %"}
 LAYOUTS = ((64, 1), (64, 2), (64, 4), (32, 2), (32, 4))
 """RoPE widths and frequency foldings to choose from."""
 
+OWN_LAYOUTS = ((64, None), (32, None))
+"""What ours may have besides: pairs that each layer chooses."""
+
 DISTILLED = ("31 %", "25 %")
 WINDOW = 256
 CALIBRATION, CHOICE, JUDGE = 128, 32, 8
@@ -57,7 +60,8 @@ class Point:
 
     Attributes:
         row: what is measured: a method's name, with what is special about it.
-        method, rope_dim, freqfold: the conversion's. rank: of its latents, with a dynamic budget their mean.
+        method, rope_dim, freqfold: the conversion's; no folding where layers choose their pairs.
+        rank: of its latents, with a dynamic budget their mean.
         budget: "uniform" or "dynamic"; "none" for the RoPE step alone.
         distilled: whether it was trained after.
     """
@@ -66,7 +70,7 @@ class Point:
     size: str
     method: str
     rope_dim: int
-    freqfold: int
+    freqfold: int | None
     rank: int
     budget: str = "uniform"
     distilled: bool = False
@@ -99,7 +103,7 @@ def bench_text(folder: Path, packages: Path = CACHE) -> dict[str, Any]:
     }
 
 
-def points(layouts: dict[tuple[str, str], tuple[int, int]]) -> list[Point]:
+def points(layouts: dict[tuple[str, str], tuple[int, int | None]]) -> list[Point]:
     """The lines of the table, by size.
 
     Args:
@@ -175,15 +179,15 @@ class _Bench:
             texts,
         )
 
-    def chosen(self, method: str, size: str) -> tuple[int, int]:
+    def chosen(self, method: str, size: str) -> tuple[int, int | None]:
         """The layout under which the calibration text's later windows lose least."""
         found = {}
-        for e, fold in LAYOUTS:
+        for e, fold in (*LAYOUTS, *(OWN_LAYOUTS if method == "iv3" else ())):
             if e in SIZES[size]:
                 point = Point(
                     "", size, method, e, fold, SIZES[size][e], "none" if size == "100 %" else "uniform"
                 )
-                name = f"choice-{method}-e{e}-f{fold}-r{point.rank}"
+                name = f"choice-{method}-e{e}-f{fold or 'chosen'}-r{point.rank}"
                 found[e, fold] = self.cells(name, partial(self._judged, point))
         return min(found, key=found.__getitem__)
 
@@ -216,7 +220,7 @@ class _Bench:
     def measured(self, point: Point) -> dict[str, Any]:
         """A line of the table, without its ratios."""
         kind = f"{point.budget}-distilled" if point.distilled else point.budget
-        name = f"{point.method}-e{point.rope_dim}-f{point.freqfold}-r{point.rank}-{kind}"
+        name = f"{point.method}-e{point.rope_dim}-f{point.freqfold or 'chosen'}-r{point.rank}-{kind}"
         losses = self.cells(name, lambda: self._losses(self._converted(self.large, point)))
         source = self.source_losses()
         found = {text: excess(np.array(losses[text]), np.array(source[text])) for text in source}
@@ -250,6 +254,6 @@ def format_table(result: dict[str, Any]) -> str:
             ]
         following = result["rows"][number + 1 : number + 2]
         last = not following or following[0]["size"] != row["size"]
-        layout = [str(row[name]) for name in ("rope_dim", "freqfold", "rank")]
+        layout = [str(row["rope_dim"]), str(row["freqfold"] or "chosen"), str(row["rank"])]
         table.add_row(row["size"], row["row"], *layout, *cells, end_section=last)
     return as_text(table, 120)

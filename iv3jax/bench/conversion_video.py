@@ -53,16 +53,13 @@ def variants() -> dict[str, ConvertConfig]:
             **{method: replace(size, method=method) for method in PEERS},
             "transmla, norms dropped": replace(size, method="transmla", qk_norm="dropped"),
             "iv3": size,
+            "iv3, even pairs": replace(size, rope_pairs="even"),
             "iv3, norms dropped": replace(size, qk_norm="dropped"),
             "iv3, norms cached": replace(size, qk_norm="cached"),
             "iv3, adapters": replace(size, adapters=True),
             "iv3, ranks by layer": replace(size, budget="dynamic"),
         }
         found |= {f"{fraction:.1%} {name}": config for name, config in own.items()}
-    wide = replace(base, cache_fraction=0.75)
-    found["75.0% iv3"] = wide
-    # Twice as wide a RoPE key, at the cost of the latent.
-    found["75.0% iv3, all keys keep RoPE"] = replace(wide, rope_components=2, rope_dim=64)
     return found
 
 

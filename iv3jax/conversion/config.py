@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from iv3jax.conversion.methods import method
 from iv3jax.conversion.rotate import Layout, LayoutError, layout
@@ -11,6 +14,7 @@ from iv3jax.models.config import ModelConfig, TextConfig
 
 BUDGETS = ("uniform", "dynamic")
 QK_NORMS = ("linear", "cached", "dropped")
+PAIRS = ("chosen", "even")
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,12 @@ class ConvertConfig:
             unless the budget is dynamic.
         budget: "uniform", or "dynamic": ranks by layer, where they save the most of the expected loss.
         rope_dim: `qk_rope_head_dim`; None is head_dim.
-        rope_components: how many components of each frequency keep RoPE; as many as there are key heads,
-            and a rank that holds all values, are no approximation at all.
-        freqfold: neighbouring frequencies treated as one; None takes as few as rope_dim allows.
+        rope_pairs: which pairs keep RoPE. "chosen": of each layer those that its attention logits need most,
+            of all components of all frequencies (`rope_frequency_list`). "even": components of every
+            frequency alike, as InternVideo3 has it. None is chosen for iv3, even for the other methods.
+        rope_components: of even pairs, how many components of each frequency; as many as there are key
+            heads, and a rank that holds all values, are no approximation at all.
+        freqfold: of even pairs, neighbouring frequencies treated as one; None takes as few as it can.
         qk_norm: what becomes of q/k norm where the source has it: "linear", an affine substitute; "cached",
             kept exactly, with one number per key head and token in the cache; "dropped", left out.
         adapters: an affine map of the latent for text and one for vision tokens.
@@ -39,6 +46,7 @@ class ConvertConfig:
     cache_fraction: float | None = None
     budget: str = "uniform"
     rope_dim: int | None = None
+    rope_pairs: str | None = None
     rope_components: int = 1
     freqfold: int | None = None
     qk_norm: str = "linear"
@@ -50,7 +58,12 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         method(self.method)
-        for name, value, known in (("budget", self.budget, BUDGETS), ("qk-norm", self.qk_norm, QK_NORMS)):
+        choices = (
+            ("budget", self.budget, BUDGETS),
+            ("qk-norm", self.qk_norm, QK_NORMS),
+            ("rope-pairs", self.pairs, PAIRS),
+        )
+        for name, value, known in choices:
             if value not in known:
                 raise UserError(f"--{name} {value}: there are {', '.join(known)}")
         if self.rank is None and self.cache_fraction is None:
@@ -71,6 +84,11 @@ class ConvertConfig:
                 f"--tokens {self.tokens} must be at least one row of --length {self.length}, 2 or more"
             )
 
+    @property
+    def pairs(self) -> str:
+        """`rope_pairs`, or what None means."""
+        return self.rope_pairs or ("chosen" if method(self.method).fitted else "even")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -78,14 +96,14 @@ class Plan:
 
     Attributes:
         text: the source's decoder.
-        layout: of the RoPE key's frequencies.
+        layout: of the RoPE key's frequencies; None where each layer chooses its own.
         rope_dim: e. rank: r, the mean over layers. limit: what was asked for as the most of a layer.
         step: ranks of a dynamic budget are multiples of it.
         cached: whether norms stay and are cached.
     """
 
     text: TextConfig
-    layout: Layout
+    layout: Layout | None
     rope_dim: int
     rank: int
     limit: int | None
@@ -135,11 +153,7 @@ def plan(config: ConvertConfig, source: ModelConfig) -> Plan:
         raise UserError(f"--qk-norm cached: is not part of --method {config.method}; leave the option out")
     if config.adapters and source.vision_config is None:
         raise UserError("--adapters on: the source is text-only, and adapters tell text from vision")
-    fold = config.freqfold or max(1, d * config.rope_components // rope)
-    try:
-        frequencies = layout(d, rope, config.rope_components, fold, text.mrope_section)
-    except LayoutError as error:
-        raise UserError(str(error)) from None
+    frequencies = _layout(config, text, rope)
     # A cached norm is an fp32 number per key head, two of bf16.
     extra = 2 * heads if cached else 0
     if config.cache_fraction is None:
@@ -169,6 +183,24 @@ def plan(config: ConvertConfig, source: ModelConfig) -> Plan:
     return found
 
 
+def _layout(config: ConvertConfig, text: TextConfig, rope: int) -> Layout | None:
+    """Of even pairs."""
+    heads, d = text.num_key_value_heads, text.head_dim
+    if config.pairs == "even":
+        fold = config.freqfold or max(1, d * config.rope_components // rope)
+        try:
+            return layout(d, rope, config.rope_components, fold, text.mrope_section)
+        except LayoutError as error:
+            raise UserError(str(error)) from None
+    if not method(config.method).fitted:
+        raise UserError(f"--rope-pairs chosen: is not part of --method {config.method}; leave the option out")
+    if config.rope_components != 1 or config.freqfold is not None:
+        raise UserError("--rope-components and --freqfold: are of even pairs; give --rope-pairs even")
+    if rope % 2 or rope > heads * d:
+        raise UserError(f"--rope-dim {rope}: must be even and at most the {heads * d} dims that keys have")
+    return None
+
+
 def _step(rank: int) -> int:
     """The largest power of two, up to a chip's tile of 128, of which a mean rank has at least six."""
     step = 1
@@ -178,10 +210,20 @@ def _step(rank: int) -> int:
 
 
 def converted_config(
-    source: ModelConfig, target_type: str, found: Plan, ranks: tuple[int, ...], adapters: bool
+    source: ModelConfig,
+    target_type: str,
+    found: Plan,
+    ranks: tuple[int, ...],
+    adapters: bool,
+    anchors: Sequence[np.ndarray],
 ) -> ModelConfig:
-    """The config of the converted model."""
-    text, stride = found.text, _stride(found)
+    """The config of the converted model.
+
+    Args:
+        anchors: of each layer, the source's frequency that each pair turns by (`Layout.anchor`).
+    """
+    text, chosen = found.text, found.layout is None
+    stride = 1 if found.layout is None else _stride(found.layout, text.head_dim)
     section = text.mrope_section
     new = dataclasses.replace(
         text,
@@ -193,14 +235,14 @@ def converted_config(
         qk_nope_head_dim=text.head_dim,
         qk_rope_head_dim=found.rope_dim,
         v_head_dim=text.head_dim,
-        rope_components=found.rope_dim * stride // text.head_dim,
+        rope_components=1 if chosen else found.rope_dim * stride // text.head_dim,
+        rope_frequency_list=tuple(tuple(map(int, a)) for a in anchors) if chosen else None,
         latent_adapters=adapters,
         mrope_section=section and (section[0] // stride, section[1] // stride, section[2] // stride),
     )
     return dataclasses.replace(source, model_type=target_type, text_config=new, source={})
 
 
-def _stride(found: Plan) -> int:
+def _stride(even: Layout, head_dim: int) -> int:
     """Every how many of the source's frequencies one turns."""
-    turning = sorted(set(found.layout.anchor.tolist()))
-    return found.text.head_dim // 2 // len(turning)
+    return head_dim // 2 // len(set(even.anchor.tolist()))

@@ -170,7 +170,10 @@ def prepare(run: Conversion, say: Say) -> None:
 def convert_layers(run: Conversion, say: Say) -> tuple[ModelConfig, tuple[LayerReport, ...]]:
     """The steps `layer_i`: the new model's config, and the layers' reports."""
     work, ranks = run.work, ranks_of(run)
-    new = converted_config(run.source.config, run.source.target_type, run.plan, ranks, run.config.adapters)
+    anchors = [work.arrays(f"split_{i}")["anchor"] for i in range(run.text.num_hidden_layers)]
+    new = converted_config(
+        run.source.config, run.source.target_type, run.plan, ranks, run.config.adapters, anchors
+    )
     table = tensors(new, scan_layers=False)
     reports = []
     for i, rank in enumerate(ranks):

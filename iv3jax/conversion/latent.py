@@ -46,9 +46,10 @@ def convert_layer(
         expected: the layer's tensors inside `self_attn` as the converted checkpoint has them.
         rank: of its latent.
     """
-    how = run.method
+    how, config = run.method, dataclasses.replace(config, rope_frequency_list=None)
     params, arrays = run.params(layer), run.work.arrays(f"split_{layer}")
     split, used = split_of(arrays), np.asarray(arrays["used"])
+    anchor = np.asarray(arrays["anchor"])
     source = run.hidden(f"source_{layer}")
     streamed = source if layer == 0 or how.stream == "source" else run.hidden(f"layer_{layer - 1}")
     targets = source if how.follow else streamed
@@ -61,7 +62,7 @@ def convert_layer(
     maps = _maps(run, found, factors, split, used, arrays.get("query"), rank)
     made = assemble(gqa, split, maps, params["self_attn"])
     rounded = _rounded(made, expected, params)
-    out = _output(run, layer, config, params, rounded, split, targets, streamed)
+    out = _output(run, layer, config, params, rounded, split, anchor, targets, streamed)
     if how.refit:
         kernel = ridge(out.cross, out.features, gqa.output.reshape(out.cross.shape), PULL)
         made["o_proj"] = {"kernel": kernel.reshape(gqa.output.shape)}
@@ -85,7 +86,7 @@ def convert_layer(
             if how.stream == "split":
                 whole = dataclasses.replace(maps, down=split.targets() @ used, up=np.eye(run.plan.largest))
                 passed = assemble(gqa, split, whole, params["self_attn"])
-            _advance(run, layer, config, params, passed, streamed, folder)
+            _advance(run, layer, config, params, passed, anchor, streamed, folder)
         (folder / REPORT).write_text(json.dumps(dataclasses.asdict(report)))
     if layer and how.stream != "source":
         run.forget(f"layer_{layer - 1}", "hidden")
@@ -163,6 +164,7 @@ def _output(
     params: Params,
     made: Params,
     split: Split,
+    anchor: Array,
     targets: Any,
     streamed: Any,
 ) -> _Output:
@@ -170,7 +172,15 @@ def _output(
     for b in run.fitted:
         rows, modality = run.stream.rows(b), run.stream.modality(b)
         batch = _output_sums(
-            run.text, config, params, jax.tree.map(jnp.asarray, made), targets(b), streamed(b), rows, modality
+            run.text,
+            config,
+            params,
+            jax.tree.map(jnp.asarray, made),
+            targets(b),
+            streamed(b),
+            rows,
+            anchor,
+            modality,
         )
         values = [np.asarray(x, np.float64) for x in batch]
         total = values if total is None else [x + y for x, y in zip(total, values, strict=True)]
@@ -187,21 +197,21 @@ def _output_sums(
     targets: jax.Array,
     hidden: jax.Array,
     rows: passes.Rows,
+    anchor: jax.Array,
     modality: jax.Array,
 ) -> tuple[jax.Array, ...]:
     p = passes.parts(text, params, targets)
     wanted = passes.attend(passes.source_logits(text, p, rows.rope), rows.mask(), p.value)
-    x = context(config, params, made, hidden, rows, modality)
+    x = context(config, params, made, hidden, rows, anchor, modality)
     counted = (modality >= 0).astype(jnp.float32)[..., None]
     y = passes.project_out(params, wanted) * counted
     x = passes.flat(x) * counted
     return jnp.einsum("btd,btx->dx", y, x), jnp.einsum("btx,btz->xz", x, x), jnp.sum(y * y)
 
 
-def tokens(config: TextConfig, rows: passes.Rows, modality: jax.Array) -> Tokens:
-    """What M²LA knows of the calibration tokens."""
-    stride = 2 * rows.rope.cos.shape[-1] // config.rope_dim
-    rope = Rope(*(jnp.tile(x[..., ::stride], config.rope_components) for x in rows.rope))
+def tokens(rows: passes.Rows, anchor: jax.Array, modality: jax.Array) -> Tokens:
+    """What M²LA, whose pairs turn by the source's frequencies `anchor`, knows of the calibration tokens."""
+    rope = Rope(*(x[..., anchor] for x in rows.rope))
     return Tokens(rope, rows.segment_ids, None, None, None, modality=jnp.maximum(modality, 0))
 
 
@@ -211,6 +221,7 @@ def context(
     made: Params,
     hidden: jax.Array,
     rows: passes.Rows,
+    anchor: jax.Array,
     modality: jax.Array,
 ) -> jax.Array:
     """(B, T, H, v): what M²LA's heads give to o_proj."""
@@ -224,7 +235,7 @@ def context(
     norm = passes.RMSNorm(config.hidden_size, config.rms_norm_eps)
     x = norm.apply({"params": params["input_layernorm"]}, hidden)
     with nn.intercept_methods(watch):
-        M2LAAttention(config).apply({"params": made}, x, tokens(config, rows, modality), None, jnp.int32(0))
+        M2LAAttention(config).apply({"params": made}, x, tokens(rows, anchor, modality), None, jnp.int32(0))
     return seen[0]
 
 
@@ -235,18 +246,26 @@ def _converted(
     hidden: jax.Array,
     layer: jax.Array,
     rows: passes.Rows,
+    anchor: jax.Array,
     modality: jax.Array,
 ) -> jax.Array:
     deepstack = None
     if rows.deepstack is not None and rows.visual_index is not None:
         deepstack = jnp.stack([gather_visual(level, rows.visual_index) for level in rows.deepstack])
-    given = (hidden, None), layer, tokens(config, rows, modality), deepstack
+    given = (hidden, None), layer, tokens(rows, anchor, modality), deepstack
     (after, _), _ = DecoderLayer(config).apply({"params": params}, *given)
     return after
 
 
 def _advance(
-    run: Conversion, layer: int, config: TextConfig, params: Params, made: Params, hidden: Any, folder: Any
+    run: Conversion,
+    layer: int,
+    config: TextConfig,
+    params: Params,
+    made: Params,
+    anchor: Array,
+    hidden: Any,
+    folder: Any,
 ) -> None:
     """The calibration tokens through the converted layer."""
     rank = made["kv_b_proj"]["kernel"].shape[-1]
@@ -254,6 +273,6 @@ def _advance(
     whole = {**params, "self_attn": jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), made)}
     for b in range(len(run.stream.batches)):
         after = _converted(
-            config, whole, hidden(b), jnp.int32(layer), run.stream.rows(b), run.stream.modality(b)
+            config, whole, hidden(b), jnp.int32(layer), run.stream.rows(b), anchor, run.stream.modality(b)
         )
         save_arrays(folder, {f"hidden_{b}": np.asarray(after)})

@@ -8,17 +8,24 @@ divergence between the two attention distributions.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from iv3jax.conversion.layer import Split
-from iv3jax.conversion.passes import Parts, Rows, source_logits
+from iv3jax.conversion.passes import Parts, Rows, parts, source_logits
 from iv3jax.conversion.rotate import Layout, as_real, content_real, interleaved_rows
+from iv3jax.conversion.run import Conversion
 from iv3jax.models.config import TextConfig
 from iv3jax.typing import Array
+
+QUERIES, KEYS = 32, 24
+"""Of each row, queries that the fit looks at, and keys drawn for each."""
+
+FIT_TOKENS = 16384
+"""Tokens of the rows that the fit looks at."""
 
 RIDGE = 3e-2
 """Weight of the start's coefficients, as a share of the mean diagonal of the normal equations."""
@@ -41,10 +48,11 @@ def features_of(
         rope_f, rope_i: frequencies and pairs of the RoPE key; content_f, content_j: frequencies and content
         components. A frequency meets the components of its own group only.
     """
-    fold = plan.members.shape[1]
-    rest = groups * fold - plan.kept.shape[1]
+    size = groups * plan.members.shape[1]
     rope = [(f, i) for m, k in zip(plan.members, plan.kept, strict=True) for f in m for i in k]
-    content = [(f, g * rest + j) for g, m in enumerate(plan.members) for f in m for j in range(rest)]
+    rest = [size - len(kept) for kept in plan.kept]
+    first = np.cumsum([0, *rest])
+    content = [(f, first[g] + j) for g, m in enumerate(plan.members) for f in m for j in range(rest[g])]
     rope_f, rope_i = np.array(rope).T
     content_f, content_j = np.array(content, dtype=int).reshape(-1, 2).T
     return rope_f, rope_i, content_f, content_j
@@ -122,6 +130,42 @@ def sample(
 
     by_head = [jnp.moveaxis(x, 1, 0) for x in (query, drawn, target)]
     return Samples(*jax.lax.map(lambda x: one_head(*x), (*by_head, scale)))
+
+
+def sampled(
+    run: Conversion,
+    layer: int,
+    params: Any,
+    hidden: Any,
+    used: np.ndarray,
+    maps: tuple[np.ndarray, np.ndarray],
+    anchor: np.ndarray,
+    index: tuple[np.ndarray, ...],
+) -> Samples:
+    """The normal equations from the rows that the fit looks at, float64.
+
+    Args:
+        params, hidden: the source layer's, and its input by batch.
+        used: (Z, Z+1) as `split.used_map` gives it.
+        maps: to_rope and to_content. anchor, index: as in `sample`.
+    """
+    text = run.text
+    keys = text.num_key_value_heads * text.head_dim
+    linear = jnp.asarray(used[:keys], jnp.float32)
+    to_rope, to_content = (jnp.asarray(x, jnp.float32) for x in maps)
+    places = jnp.asarray(anchor), tuple(jnp.asarray(x) for x in index)
+    total: Samples | None = None
+    chosen = run.fitted[:: max(1, len(run.fitted) * run.stream.batches[0].input_ids.size // FIT_TOKENS)]
+    for b in chosen:
+        rows = run.stream.rows(b)
+        p = parts(text, params, hidden(b))
+        key = p.raw_key_value @ linear[:, :-1].T + linear[:, -1]
+        rng = jax.random.fold_in(jax.random.key(run.config.seed), layer * 1000 + b)
+        batch = sample(text, QUERIES, KEYS, run.plan.cached, p, key, rows, to_rope, to_content, *places, rng)
+        batch = jax.tree.map(lambda x: np.asarray(x, np.float64), batch)
+        total = batch if total is None else jax.tree.map(np.add, total, batch)
+    assert total is not None
+    return total
 
 
 def coefficients(start: Split, index: tuple[np.ndarray, ...]) -> np.ndarray:

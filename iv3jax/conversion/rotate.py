@@ -26,12 +26,12 @@ class Layout:
 
     Attributes:
         members: (groups, fold), source frequencies of each group.
-        kept: (groups, k), the pairs of the RoPE key that each group fills.
+        kept: of each group, the pairs of the RoPE key that it fills.
         anchor: (e/2,), the source frequency that each pair of the RoPE key turns at.
     """
 
     members: Array
-    kept: Array
+    kept: tuple[Array, ...]
     anchor: Array
 
 
@@ -68,13 +68,17 @@ def layout(
             "neighbouring frequencies turn by other axes and cannot be folded; take "
             f"{head_dim * components} and 1"
         )
-    per_component = len(turning)
     anchor = np.tile(turning, components)
     members = np.arange(head_dim // 2).reshape(-1, fold)
     pair = np.arange(rope_dim // 2)
-    kept = np.stack([pair[anchor // fold == group] for group in range(len(members))])
-    assert kept.shape[1] * len(members) == per_component * components
+    kept = tuple(pair[anchor // fold == group] for group in range(len(members)))
     return Layout(members, kept, anchor)
+
+
+def listed(anchor: Array, frequencies: int) -> Layout:
+    """The layout of a RoPE key whose pairs' frequencies are given, none folded."""
+    members = np.arange(frequencies)[:, None]
+    return Layout(members, tuple(np.flatnonzero(anchor == f) for f in range(frequencies)), anchor)
 
 
 def complex_moments(moment: Array, heads: int, members: Array) -> Array:
@@ -111,7 +115,8 @@ def unitaries(moments: Array, weights: Array | None = None, real: bool = False) 
 def kept_energy(moments: Array, to: Array, plan: Layout) -> Array:
     """() the share of the keys' (weighted) energy that lies in the components T·z which keep RoPE."""
     energies = np.einsum("gij,gjk,gik->gi", to, moments, np.conj(to)).real
-    return np.asarray(energies[:, : plan.kept.shape[1]].sum() / energies.sum())
+    kept = sum(own[: len(pairs)].sum() for own, pairs in zip(energies, plan.kept, strict=True))
+    return np.asarray(kept / energies.sum())
 
 
 def split(to: Array, back: Array, plan: Layout, heads: int, per_group: int, head_dim: int) -> Split:
@@ -121,30 +126,32 @@ def split(to: Array, back: Array, plan: Layout, heads: int, per_group: int, head
         to, back: T and T⁻¹ (groups, n, n).
         heads: key heads. per_group: query heads of each.
     """
-    fold, keep = plan.members.shape[1], plan.kept.shape[1]
-    rope_pairs = len(plan.anchor)
-    groups, n = to.shape[:2]
-    to_rope = np.zeros((rope_pairs, heads, head_dim // 2), complex)
-    query_rope = np.zeros((heads, rope_pairs, head_dim // 2), complex)
-    rest = n - keep
-    to_content = np.zeros((groups, rest, heads, head_dim // 2), complex)
-    content_up = np.zeros((heads, head_dim // 2, groups, rest), complex)
+    fold, n = plan.members.shape[1], to.shape[1]
+    pairs, half = len(plan.anchor), head_dim // 2
+    rest = len(plan.members) * n - pairs
+    every = np.arange(heads)
+    to_rope = np.zeros((pairs, heads, half), complex)
+    query_rope = np.zeros((heads, pairs, half), complex)
+    to_content = np.zeros((rest, heads, half), complex)
+    content_up = np.zeros((heads, half, rest), complex)
+    start = 0
     for i, (members, kept) in enumerate(zip(plan.members, plan.kept, strict=True)):
+        keep = len(kept)
+        left = start + np.arange(n - keep)
+        start += n - keep
         shaped, inverse = to[i].reshape(n, heads, fold), back[i].reshape(heads, fold, n)
-        to_rope[np.ix_(kept, range(heads), members)] = shaped[:keep]
+        to_rope[np.ix_(kept, every, members)] = shaped[:keep]
         # Re(conj(q)·a·z) = Re(conj(conj(a)·q)·z): what meets z is conj(a)·q.
-        query_rope[np.ix_(range(heads), kept, members)] = np.conj(np.moveaxis(inverse[..., :keep], -1, 1))
-        to_content[np.ix_([i], range(rest), range(heads), members)] = shaped[keep:]
-        content_up[np.ix_(range(heads), members, [i])] = inverse[:, :, None, keep:]
+        query_rope[np.ix_(every, kept, members)] = np.conj(np.moveaxis(inverse[..., :keep], -1, 1))
+        to_content[np.ix_(left, every, members)] = shaped[keep:]
+        content_up[np.ix_(every, members, left)] = inverse[..., keep:]
     return Split(
-        interleaved_rows(as_real(to_rope)).reshape(2 * rope_pairs, -1),
+        interleaved_rows(as_real(to_rope)).reshape(2 * pairs, -1),
         np.stack([interleaved_rows(as_real(q[:, None])[:, :, 0]) for q in query_rope]).repeat(
             per_group, axis=0
         ),
-        half_rows(as_real(to_content.reshape(groups * rest, heads, head_dim // 2))).reshape(
-            2 * groups * rest, heads * head_dim
-        ),
-        content_real(content_up.reshape(heads, head_dim // 2, groups * rest)).repeat(per_group, axis=0),
+        half_rows(as_real(to_content)).reshape(2 * rest, heads * head_dim),
+        content_real(content_up).repeat(per_group, axis=0),
     )
 
 

@@ -4,22 +4,15 @@ logits' fit.
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from iv3jax.conversion import logits as fit
-from iv3jax.conversion import measure, passes, rotate
+from iv3jax.conversion import measure, rotate
+from iv3jax.conversion.choose import choose
 from iv3jax.conversion.layer import GQALayer, Split
 from iv3jax.conversion.run import Conversion, moments
 
 Array = np.ndarray
-
-QUERIES, KEYS = 32, 24
-"""Of each row, queries that the logits' fit looks at, and keys drawn for each."""
-
-FIT_TOKENS = 16384
-"""Tokens of the rows that the logits' fit looks at."""
 
 
 def split_layer(run: Conversion, layer: int) -> dict[str, Array]:
@@ -34,15 +27,24 @@ def split_layer(run: Conversion, layer: int) -> dict[str, Array]:
     _, features = found.of_both()
     groups, d = text.num_key_value_heads, text.head_dim
     keys = used[: groups * d] @ features @ used[: groups * d].T
-    covariance = rotate.complex_moments(keys, groups, plan.layout.members)
-    weights = None if how.real_rotation else _query_weights(found.query_energy, groups, plan.layout.members)
+    members = np.arange(d // 2)[:, None] if plan.layout is None else plan.layout.members
+    covariance = rotate.complex_moments(keys, groups, members)
+    weights = None if how.real_rotation else _query_weights(found.query_energy, groups, members)
     to, back = rotate.unitaries(covariance, weights, real=how.real_rotation)
-    per_group = text.num_attention_heads // groups
-    split = rotate.split(to, back, plan.layout, groups, per_group, d)
-    result: dict[str, Array] = {"rope_energy": rotate.kept_energy(covariance, to, plan.layout)}
+    layout = plan.layout
+    if layout is None:
+        layout, to, back = choose(run, layer, params, hidden, used, to, back)
+    split = rotate.split(to, back, layout, groups, text.num_attention_heads // groups, d)
+    result: dict[str, Array] = {
+        "rope_energy": rotate.kept_energy(covariance, to, layout),
+        "anchor": layout.anchor,
+    }
     if how.fitted:
-        split, missed = fit_logits(run, layer, params, hidden, used, split)
-        result["logit_error"] = np.asarray(missed)
+        index = fit.features_of(layout, groups, d)
+        maps = split.to_rope, split.to_content
+        seen = fit.sampled(run, layer, params, hidden, used, maps, layout.anchor, index)
+        split = fit.fitted(split, seen, index)
+        result["logit_error"] = np.asarray(fit.missed(split, seen, index))
     if key_residual is not None:
         result["key_residual"] = np.asarray(key_residual)
     if query_residual is not None:
@@ -111,43 +113,6 @@ def _query_weights(energy: Array, groups: int, members: Array) -> Array:
     pairs = pairs.reshape(groups, -1, pairs.shape[-1]).sum(axis=1)
     weights = np.sqrt(np.moveaxis(pairs[:, members], 0, 1).reshape(len(members), -1))
     return np.maximum(weights, 1e-6 * weights.max())
-
-
-def fit_logits(
-    run: Conversion, layer: int, params: Any, hidden: Any, used: Array, split: Split
-) -> tuple[Split, float]:
-    """The split with each head's coefficients fitted, and the share of the logits' variance that is
-    missed.
-    """
-    text, layout = run.text, run.plan.layout
-    index = fit.features_of(layout, text.num_key_value_heads, text.head_dim)
-    keys = text.num_key_value_heads * text.head_dim
-    linear = jnp.asarray(used[:keys], jnp.float32)
-    total: fit.Samples | None = None
-    chosen = run.fitted[:: max(1, len(run.fitted) * run.stream.batches[0].input_ids.size // FIT_TOKENS)]
-    for b in chosen:
-        rows = run.stream.rows(b)
-        p = passes.parts(text, params, hidden(b))
-        raw = p.raw_key_value
-        key = raw @ linear[:, :-1].T + linear[:, -1]
-        batch = fit.sample(
-            text,
-            QUERIES,
-            KEYS,
-            run.plan.cached,
-            p,
-            key,
-            rows,
-            jnp.asarray(split.to_rope, jnp.float32),
-            jnp.asarray(split.to_content, jnp.float32),
-            jnp.asarray(layout.anchor),
-            tuple(jnp.asarray(x) for x in index),
-            jax.random.fold_in(jax.random.key(run.config.seed), layer * 1000 + b),
-        )
-        batch = jax.tree.map(lambda x: np.asarray(x, np.float64), batch)
-        total = batch if total is None else jax.tree.map(np.add, total, batch)
-    assert total is not None
-    return fit.fitted(split, total, index), fit.missed(split, total, index)
 
 
 def split_of(arrays: dict[str, Array]) -> Split:

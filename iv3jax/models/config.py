@@ -44,6 +44,8 @@ class TextConfig:
         latent_adapters: a latent is mapped when it is written, by one affine map for text and one for vision.
         rope_components: K, how many pairs turn by each of the e/2K frequencies; pair j by frequency
             j mod e/2K.
+        rope_frequency_list: of each layer, which of the head_dim / 2 frequencies each of its e/2 pairs turns
+            by, where they are chosen. `mrope_section` is then of all of those frequencies.
     """
 
     vocab_size: int
@@ -68,12 +70,14 @@ class TextConfig:
     kv_lora_rank_list: tuple[int, ...] | None = None
     latent_adapters: bool = False
     rope_components: int = 1
+    rope_frequency_list: tuple[tuple[int, ...], ...] | None = None
     extra: Mapping[str, Any] = _extra()
 
     @property
     def rope_dim(self) -> int:
-        """Twice the number of RoPE's frequencies: e/K for M²LA, the whole head for GQA."""
-        return self.head_dim if self.kv_lora_rank is None else self.qk_rope_head_dim // self.rope_components
+        """Twice the number of RoPE's frequencies: M²LA's e/K, the head's for GQA or where they are listed."""
+        whole = self.kv_lora_rank is None or self.rope_frequency_list is not None
+        return self.head_dim if whole else self.qk_rope_head_dim // self.rope_components
 
     @property
     def cache_width(self) -> int:
@@ -86,11 +90,13 @@ class TextConfig:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def of_layer(self, layer: int) -> "TextConfig":
-        """The config that a layer has by itself: its own rank, and no list of ranks."""
-        if self.kv_lora_rank_list is None:
-            return self
-        rank = self.kv_lora_rank_list[layer]
-        return dataclasses.replace(self, kv_lora_rank=rank, kv_lora_rank_list=None)
+        """The config that a layer has by itself: its own rank and no list of ranks, its own frequencies."""
+        own: dict[str, Any] = {}
+        if self.kv_lora_rank_list is not None:
+            own |= dict(kv_lora_rank=self.kv_lora_rank_list[layer], kv_lora_rank_list=None)
+        if self.rope_frequency_list is not None:
+            own |= dict(rope_frequency_list=(self.rope_frequency_list[layer],))
+        return dataclasses.replace(self, **own)
 
 
 @dataclass(frozen=True)
@@ -242,7 +248,10 @@ def _typed(item: dataclasses.Field, value: Any, source: str) -> Any:
     kind = str(item.type)
     integer = isinstance(value, int) and not isinstance(value, bool)
     if "tuple" in kind:
-        if isinstance(value, list | tuple) and all(isinstance(v, int) for v in value):
+        if "tuple[tuple" in kind:
+            if _lists(value, list | tuple) and all(_lists(own, int) for own in value):
+                return tuple(tuple(own) for own in value)
+        elif _lists(value, int):
             return tuple(value)
     elif "bool" in kind:
         if isinstance(value, bool):
@@ -255,8 +264,13 @@ def _typed(item: dataclasses.Field, value: Any, source: str) -> Any:
     raise UserError(f"{source}.{item.name} is {value!r}, which is no valid value ({_kind_name(kind)})")
 
 
+def _lists(value: Any, kind: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(v, kind) for v in value)
+
+
 def _kind_name(kind: str) -> str:
-    for word, name in (("tuple", "a list of integers"), ("bool", "true or false"), ("float", "a number")):
+    lists = (("tuple[tuple", "a list of lists of integers"), ("tuple", "a list of integers"))
+    for word, name in (*lists, ("bool", "true or false"), ("float", "a number")):
         if word in kind:
             return name
     return "a positive integer"
@@ -330,6 +344,7 @@ def _check_latent(config: TextConfig, source: str) -> None:
             f"{source}.num_attention_heads {heads} is no multiple of num_key_value_heads {groups}, "
             "which use_qk_norm needs"
         )
+    _check_frequencies(config, source)
     ranks = config.kv_lora_rank_list
     if ranks is None:
         return
@@ -345,6 +360,31 @@ def _check_latent(config: TextConfig, source: str) -> None:
             f"{source}.kv_lora_rank {config.kv_lora_rank} is not the largest rank of kv_lora_rank_list, "
             f"which is {max(ranks)}"
         )
+
+
+def _check_frequencies(config: TextConfig, source: str) -> None:
+    """What must hold for `rope_frequency_list`, if it is there."""
+    listed = config.rope_frequency_list
+    if listed is None:
+        return
+    name = f"{source}.rope_frequency_list"
+    if config.rope_components != 1:
+        raise UserError(f"{name} says what every pair turns by; leave rope_components out")
+    if len(listed) != config.num_hidden_layers:
+        raise UserError(
+            f"{name} has {len(listed)} lists for num_hidden_layers = {config.num_hidden_layers}; it needs "
+            "one for each layer"
+        )
+    pairs, half = config.qk_rope_head_dim // 2, config.head_dim // 2
+    for own in listed:
+        if len(own) != pairs:
+            raise UserError(
+                f"{name} has a list of {len(own)} frequencies; qk_rope_head_dim means {pairs} pairs"
+            )
+        if not all(0 <= f < half for f in own):
+            raise UserError(
+                f"{name} holds {list(own)}; a frequency is one of head_dim / 2 = {half}, from 0 on"
+            )
 
 
 def _rope(data: Mapping[str, Any], source: str) -> Mapping[str, Any]:
@@ -371,6 +411,7 @@ _M2LA_ONLY: dict[str, tuple] = {
     "kv_lora_rank_list": (None,),
     "latent_adapters": (None, False),
     "rope_components": (None, 1),
+    "rope_frequency_list": (None,),
 }
 _VISION_SUPPORT: dict[str, tuple] = {"hidden_act": (None, "gelu_pytorch_tanh")}
 
@@ -385,8 +426,12 @@ def _refuse(data: Mapping[str, Any], supported: Mapping[str, tuple], source: str
 def _write(config: Any) -> dict[str, Any]:
     """A dataclass as JSON values, its unknown fields first."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "extra"}
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return {**config.extra, **values}
+    return {**config.extra, **{k: _plain(v) for k, v in values.items()}}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as JSON has them."""
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
 def _write_text(config: ModelConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from iv3jax.models.attention import Entries, GQAAttention, M2LAAttention, Tokens
 from iv3jax.models.cache import Cache
 from iv3jax.models.config import TextConfig
 from iv3jax.models.layers import Execution, RMSNorm, SwiGLU
-from iv3jax.models.rope import decoder_rope
+from iv3jax.models.rope import Rope, decoder_rope
 from iv3jax.models.vision import VisualFeatures
 from iv3jax.sharding import constrain
 from iv3jax.typing import Array
@@ -41,6 +41,9 @@ class DecoderLayer(nn.Module):
         """carry: hidden (B, T, D) and the cache entries of all layers. deepstack: (K, B, T, D)."""
         c, run = self.config, self.run
         hidden, entries = carry
+        if c.rope_frequency_list is not None:
+            turning = jnp.asarray(c.rope_frequency_list)[layer]
+            tokens = tokens._replace(rope=Rope(*(x[..., turning] for x in tokens.rope)))
         attention = GQAAttention if c.kv_lora_rank is None else M2LAAttention
         y = RMSNorm(c.hidden_size, c.rms_norm_eps, run, name="input_layernorm")(hidden)
         y, entries = attention(c, run, name="self_attn")(y, tokens, entries, layer)

@@ -53,6 +53,7 @@ FEATURES = dict(
     components=dict(rope_components=2, qk_rope_head_dim=16),
 )
 ALL = {key: value for changes in FEATURES.values() for key, value in changes.items()}
+FEATURES["frequencies"] = dict(rope_frequency_list=((0, 0, 1, 3), (2, 1, 1, 0), (3, 3, 3, 3)))
 CASES = {
     "text": [19],
     "long text": [90],
@@ -353,6 +354,10 @@ def test_configs_that_torch_refuses(tmp_path):
     for changes, words in (
         ({"kv_lora_rank_list": [9, 13]}, "kv_lora_rank_list must hold a rank for each of the 3 layers"),
         ({"kv_lora_rank_list": [9, 12, 5]}, "the largest of them kv_lora_rank 13"),
+        (
+            {"rope_components": 1, "rope_frequency_list": [[0]]},
+            "frequency from 0 to 3 for each of the 8 pairs",
+        ),
         ({"rope_components": 3}, "qk_rope_head_dim 16 must be a multiple of 2 x rope_components 3"),
     ):
         (folder / "config.json").write_text(json.dumps(data | changes))

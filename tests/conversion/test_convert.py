@@ -77,14 +77,23 @@ def logits(loaded: LoadedModel, config: ModelConfig) -> list[np.ndarray]:
 
 @pytest.mark.medium
 @pytest.mark.parametrize(
-    ("name", "qk_norm"), [("vision", "cached"), ("qwen3", "cached"), ("llama", "linear"), ("qwen2", "linear")]
+    ("name", "asked"),
+    [
+        ("vision", dict(qk_norm="cached")),
+        ("vision", dict(qk_norm="cached", rope_pairs="even", rope_components=4)),
+        ("qwen3", dict(qk_norm="cached")),
+        ("llama", dict(rope_pairs="even", rope_components=4)),
+        ("qwen2", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
-def test_with_nothing_cut_the_logits_are_the_source_s(folders, tmp_path, name, qk_norm):
+def test_with_nothing_cut_the_logits_are_the_source_s(folders, tmp_path, name, asked):
     """All components keep RoPE, the latent holds all values, norms are kept or there are none.
 
     1e-3 is allowed on text, an image and a video; 1e-5 to 4e-5 is seen.
     """
-    done = converted(folders, name, tmp_path / "out", rank=32, rope_components=4, qk_norm=qk_norm)
+    width = {} if "rope_components" in asked else dict(rope_dim=32)
+    done = converted(folders, name, tmp_path / "out", rank=32, **width, **asked)
     before, after = (logits(load(folder), SOURCES[name]) for folder in (folders[name], tmp_path / "out"))
     assert len(before) == (3 if name == "vision" else 1)
     for kind, wanted, got in zip(ITEMS, before, after, strict=False):
@@ -95,14 +104,18 @@ def test_with_nothing_cut_the_logits_are_the_source_s(folders, tmp_path, name, q
 
 @pytest.mark.medium
 def test_all_that_a_converted_model_can_have_at_once(folders, tmp_path):
-    """Adapters, cached norms, several components and ranks by layer: config, cache, PyTorch."""
-    asked = dict(cache_fraction=0.75, rope_components=2, qk_norm="cached", adapters=True, budget="dynamic")
+    """Adapters, cached norms, chosen frequencies and ranks by layer: config, cache, PyTorch."""
+    asked = dict(cache_fraction=0.75, rope_dim=16, qk_norm="cached", adapters=True, budget="dynamic")
     done = converted(folders, "vision", tmp_path / "out", **asked)
     loaded = load(tmp_path / "out")
     text, ranks = loaded.config.text_config, done.report.ranks
     assert text.kv_lora_rank_list == (ranks if len(set(ranks)) > 1 else None)
     assert text.kv_lora_rank == max(ranks) and sum(ranks) <= 2 * (0.75 * 64 - 16 - 8)
-    assert text.latent_adapters and text.use_qk_norm and text.rope_components == 2
+    assert text.latent_adapters and text.use_qk_norm
+    frequencies = text.rope_frequency_list
+    assert [len(own) for own in frequencies] == [8, 8] and all(
+        own == tuple(sorted(own)) for own in frequencies
+    )
     assert loaded.config.model_type == "internvideo3" and text.qk_rope_head_dim == 16
     if len(set(ranks)) == 1:
         assert done.report.cache_bytes <= 0.75 * done.report.cache_bytes_source

@@ -88,8 +88,16 @@ def test_sizes_that_cannot_be(refused, source, plain):
     assert "mean rank of 32, above --rank 16" in refused(source, *both, "--budget", "dynamic")
     assert "name --rank or --cache-fraction" in refused(source)
     assert "2 key heads" in refused(source, "--rank", "8", "--rope-components", "3")
-    assert "cannot be folded" in refused(source, "--rank", "8", "--rope-dim", "8")
-    assert "qk_rope_head_dim 7 does not divide" in refused(source, "--rank", "8", "--rope-dim", "7")
+    even = ("--rank", "8", "--rope-pairs", "even", "--rope-dim")
+    assert "cannot be folded" in refused(source, *even, "8")
+    assert "qk_rope_head_dim 7 does not divide" in refused(source, *even, "7")
+    for width in ("7", "66"):
+        words = f"--rope-dim {width}: must be even and at most the 64 dims that keys have"
+        assert words in refused(source, "--rank", "8", "--rope-dim", width)
+    assert "give --rope-pairs even" in refused(source, "--rank", "8", "--rope-components", "2")
+    assert "give --rope-pairs even" in refused(source, "--rank", "8", "--freqfold", "2")
+    peer = ("--rank", "8", "--method", "transmla", "--rope-pairs", "chosen")
+    assert "--rope-pairs chosen: is not part of --method transmla" in refused(source, *peer)
     assert "at least one row" in refused(source, "--rank", "8", "--length", "600")
     assert "the source has no q/k norm" in refused(plain, "--rank", "8", "--qk-norm", "cached")
 
@@ -98,6 +106,7 @@ def test_words_that_are_not_known(refused, source):
     for name, known in (
         ("--method", "iv3, transmla, care, svd"),
         ("--budget", "uniform, dynamic"),
+        ("--rope-pairs", "chosen, even"),
         ("--qk-norm", "linear, cached, dropped"),
         ("--adapters", "on, off"),
     ):

@@ -227,7 +227,7 @@ def test_pairs_turn_at_the_frequencies_of_the_new_model(rope_dim, components, fo
     turning = THETA ** (-2 * plan.anchor / DIM)
     expected = np.tile(THETA ** (-2 * np.arange(own // 2) / own), components)
     assert difference(turning, expected) <= TOLERANCE
-    assert sorted(plan.kept.ravel()) == list(range(rope_dim // 2))
+    assert sorted(np.concatenate(plan.kept)) == list(range(rope_dim // 2))
     for members, kept in zip(plan.members, plan.kept, strict=True):
         assert len(members) == fold and set(plan.anchor[kept]) <= set(members)
     split = make_split(components, "unitary", rope_dim, fold, None)
@@ -236,6 +236,26 @@ def test_pairs_turn_at_the_frequencies_of_the_new_model(rope_dim, components, fo
         for row in (2 * kept, 2 * kept + 1):
             met = np.abs(paired(split.to_rope[row].reshape(-1, GROUPS, DIM))).max(axis=(0, 1))
             assert set(np.flatnonzero(met)) == set(members)
+
+
+ANCHOR = np.array([0, 0, 0, 1, 4, 4, 7, 15])
+
+
+def test_pairs_that_are_listed_turn_at_their_own_frequency():
+    """Any number of components of a frequency keeps RoPE; the others become content, and nothing is lost."""
+    plan = rotate.listed(ANCHOR, DIM // 2)
+    assert [list(kept) for kept in plan.kept[:5]] == [[0, 1, 2], [3], [], [], [4, 5]]
+    split = rotate.split(*rotations("weighted", plan), plan, GROUPS, HEADS // GROUPS, DIM)
+    assert split.to_rope.shape == (16, KEYS) and split.to_content.shape == (KEYS - 16, KEYS)
+    for pair, frequency in enumerate(ANCHOR):
+        for row in (2 * pair, 2 * pair + 1):
+            met = np.abs(paired(split.to_rope[row].reshape(-1, GROUPS, DIM))).max(axis=(0, 1))
+            assert set(np.flatnonzero(met)) == {frequency}
+    key, query = random(KEYS), random(HEADS, DIM, seed=9)
+    there = np.einsum("hed,hd->he", split.query_rope, query) @ (split.to_rope @ key)
+    there += np.einsum("hdc,hd->hc", split.content_up, query) @ (split.to_content @ key)
+    wanted = np.einsum("hd,hd->h", query, key.reshape(GROUPS, DIM).repeat(HEADS // GROUPS, axis=0))
+    assert difference(there, wanted) <= TOLERANCE
 
 
 # Step 4: the coefficients that are fitted.
@@ -253,6 +273,15 @@ def test_coefficients_come_back(given):
     assert difference(same.query_rope, split.query_rope) <= TOLERANCE
     assert difference(same.content_up, split.content_up) <= TOLERANCE
     other = random(*values.shape)
+    again = logits.coefficients(logits.with_coefficients(split, other, index), index)
+    assert difference(again, other) <= TOLERANCE
+
+
+def test_coefficients_of_listed_pairs_come_back():
+    plan = rotate.listed(ANCHOR, DIM // 2)
+    split = rotate.split(*rotations("weighted", plan), plan, GROUPS, HEADS // GROUPS, DIM)
+    index = logits.features_of(plan, GROUPS, DIM)
+    other = random(*logits.coefficients(split, index).shape)
     again = logits.coefficients(logits.with_coefficients(split, other, index), index)
     assert difference(again, other) <= TOLERANCE
 

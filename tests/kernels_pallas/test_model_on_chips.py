@@ -62,12 +62,16 @@ def test_a_step_over_the_cache_copies_none_of_it(chip, cache_dtype, length):
 
 @pytest.mark.parametrize("chip", ["v5p", "h100"])
 @pytest.mark.parametrize("length", [1, 1024])
-def test_cached_norms_and_adapters_copy_nothing_either(chip, length):
-    """The same with a factor a token and key head in the cache, written beside the latents."""
+def test_what_conversion_adds_copies_nothing_either(chip, length):
+    """The same with a factor a token and key head in the cache, written beside the latents, with adapters,
+    and with frequencies that each layer has chosen.
+    """
     scanned = chip == "v5p"
     layers = 36 if scanned else 4
     run = Execution(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, scan_layers=scanned)
-    model, params = text_model(layers, run, use_qk_norm=True, latent_adapters=True)
+    chosen = tuple(tuple((5 * i + j) % 64 for j in range(64)) for i in range(layers))
+    added = dict(use_qk_norm=True, latent_adapters=True, rope_frequency_list=chosen)
+    model, params = text_model(layers, run, **added)
     cache = jax.eval_shape(lambda: init_cache(model.config.text_config, 1, 128 << 10, jnp.bfloat16, scanned))
 
     def step(params, batch, cache):

@@ -81,11 +81,14 @@ def even_config(attention: str = "m2la", **text: Any) -> ModelConfig:
 CONVERTED: dict[str, dict[str, Any]] = {
     "norms": dict(use_qk_norm=True, num_attention_heads=4, num_key_value_heads=2, head_dim=10),
     "adapters": dict(latent_adapters=True),
-    "components": dict(rope_components=2, qk_rope_head_dim=16),
     "ranks": dict(kv_lora_rank_list=(5, 13, 9)),
+    "frequencies": dict(
+        rope_frequency_list=((0, 0, 1, 3), (2, 1, 1, 0), (4, 4, 4, 4)), head_dim=10, mrope_section=(2, 2, 1)
+    ),
 }
-"""What a converted model has besides plain M²LA, one thing at a time, and all of it."""
+"""What a converted model has besides plain M²LA, one thing at a time, and all that can be had at once."""
 CONVERTED["all"] = {key: value for own in list(CONVERTED.values()) for key, value in own.items()}
+CONVERTED["components"] = dict(rope_components=2, qk_rope_head_dim=16)
 
 
 table = cache(tensors)

@@ -162,6 +162,18 @@ def changed(data: dict, path: str, value) -> dict:
             "qk_rope_head_dim 16 is no multiple of 2·rope_components = 6, the dims that turn by one",
         ),
         ("text_config.rope_components", 2, "must be three numbers that sum to half the rotary dim, 4"),
+        (
+            "text_config.rope_frequency_list",
+            [1, 2],
+            "rope_frequency_list is .1, 2.*a list of lists of integers",
+        ),
+        (
+            "text_config.rope_frequency_list",
+            [[0] * 8],
+            "rope_frequency_list has 1 lists for num_hidden_layers",
+        ),
+        ("text_config.rope_frequency_list", [[0] * 7] * 4, "a list of 7 frequencies; .* means 8 pairs"),
+        ("text_config.rope_frequency_list", [[0] * 7 + [8]] * 4, "one of head_dim / 2 = 8, from 0 on"),
         ("text_config.rope_scaling.rope_type", "yarn", "rope type 'yarn' is not supported"),
         ("text_config.rope_scaling.mrope_interleaved", False, "mrope_interleaved must be true"),
         (
@@ -226,8 +238,29 @@ def test_converted_models_round_trip(golden):
     assert ModelConfig.from_dict(stated.to_dict()) == stated
 
 
+def test_chosen_frequencies_round_trip(golden):
+    """M-RoPE's sections are then of all the head's frequencies, and a layer's config has its own list."""
+    data = golden_config(golden, "m2la")
+    chosen = [[0, 0, 3, 5, 6, 7, 7, 7], [1] * 8, [7, 6, 5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5, 6, 7]]
+    data["text_config"]["rope_frequency_list"] = chosen
+    config = ModelConfig.from_dict(data)
+    text = config.text_config
+    assert text.rope_dim == text.head_dim == 16 and config.to_dict() == data
+    assert [text.of_layer(i).rope_frequency_list for i in range(4)] == [(tuple(own),) for own in chosen]
+    made = dataclasses.replace(config, source={})
+    assert ModelConfig.from_dict(json.loads(json.dumps(made.to_dict()))) == config
+    data["text_config"]["rope_components"] = 2
+    with pytest.raises(UserError, match="rope_frequency_list says what every pair turns by; leave rope_comp"):
+        ModelConfig.from_dict(data)
+
+
 def test_only_latents_have_what_conversion_adds():
-    for key, value in (("kv_lora_rank_list", [3, 4]), ("latent_adapters", True), ("rope_components", 2)):
+    for key, value in (
+        ("kv_lora_rank_list", [3, 4]),
+        ("latent_adapters", True),
+        ("rope_components", 2),
+        ("rope_frequency_list", [[0], [0]]),
+    ):
         with pytest.raises(UserError, match=rf"config\.json\.{key} = .* is not supported"):
             ModelConfig.from_dict(TEXT | {key: value})
     latent = dict(kv_lora_rank=4, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=2, use_qk_norm=True)

@@ -25,27 +25,29 @@ def rms_norm(x, weight, epsilon):
     return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + epsilon) * weight
 
 
-def rope(x, positions, config):
+def rope(x, positions, config, layer):
     """x (…, e) at positions (3,): the pair (2j, 2j+1) turned by position · theta^(-2iK/e), in half order.
 
-    i = j mod e/2K is the pair's place in its component, one of K.
+    i = j mod e/2K is the pair's place in its component, one of K; or it is listed, of d/2 frequencies.
     """
     e, components, section = x.shape[-1], config.rope_components, config.mrope_section
+    listed = config.rope_frequency_list
+    frequencies = e // 2 // components if listed is None else config.head_dim // 2
     out = np.empty_like(x)
     for j in range(e // 2):
-        axis, i = 0, j % (e // 2 // components)
+        axis, i = 0, j % frequencies if listed is None else listed[layer][j]
         if i % 3 == 1 and i < 3 * section[1]:
             axis = 1
         if i % 3 == 2 and i < 3 * section[2]:
             axis = 2
-        angle = positions[axis] * config.rope_theta ** (-2 * i * components / e)
+        angle = positions[axis] * config.rope_theta ** (-i / frequencies)
         even, odd = x[..., 2 * j], x[..., 2 * j + 1]
         out[..., j] = even * math.cos(angle) - odd * math.sin(angle)
         out[..., j + e // 2] = odd * math.cos(angle) + even * math.sin(angle)
     return out
 
 
-def attention(x, w, config, positions, segments, seen_by):
+def attention(x, w, config, layer, positions, segments, seen_by):
     """(T, D) → (T, D), expanded, one query, head and key at a time."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     n, e, v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
@@ -64,8 +66,8 @@ def attention(x, w, config, positions, segments, seen_by):
             m = int(seen_by[t] >= 0)
             latent[t, :r] = w["kv_adapters.weight"][m] @ latent[t, :r] + w["kv_adapters.bias"][m]
     up = (latent[:, :r] @ w["kv_b_proj.weight"].T).reshape(tokens, heads, n + v)
-    q_rope = np.stack([rope(query[t, :, n:], positions[:, t], config) for t in range(tokens)])
-    k_rope = np.stack([rope(latent[t, r:], positions[:, t], config) for t in range(tokens)])
+    q_rope = np.stack([rope(query[t, :, n:], positions[:, t], config, layer) for t in range(tokens)])
+    k_rope = np.stack([rope(latent[t, r:], positions[:, t], config, layer) for t in range(tokens)])
     out = np.zeros((tokens, heads, v))
     for s in range(tokens):
         seen = [t for t in range(s + 1) if segments[t] == segments[s]]
@@ -94,7 +96,7 @@ def decoder(values, config, input_ids, positions, segments, visual_index=None, v
         w = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
         inner = {k.removeprefix("self_attn."): v for k, v in w.items()}
         y = rms_norm(x, w["input_layernorm.weight"], config.rms_norm_eps)
-        x = x + attention(y, inner, config, positions, segments, visual_index)
+        x = x + attention(y, inner, config, i, positions, segments, visual_index)
         y = rms_norm(x, w["post_attention_layernorm.weight"], config.rms_norm_eps)
         gate, up = y @ w["mlp.gate_proj.weight"].T, y @ w["mlp.up_proj.weight"].T
         x = x + (gate / (1 + np.exp(-gate)) * up) @ w["mlp.down_proj.weight"].T

@@ -39,7 +39,7 @@ from kernels_pallas.latent_compress import xla
 TOLERANCE = 1e-4
 PROMPT = [2, ("video", 2, 4, 6), 3, ("image", 1, 4, 4), 6]
 RANKS = CONVERTED["all"]["kv_lora_rank_list"]
-RANK, ROPE = 13, 16
+RANK, ROPE = 13, 8
 
 
 @cache

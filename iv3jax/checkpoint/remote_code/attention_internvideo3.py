@@ -28,7 +28,8 @@ class Rope(NamedTuple):
 
 def mrope_angles(config: InternVideo3TextConfig, position_ids: torch.Tensor) -> Rope:
     """Angles from (3, B, T) positions: frequency i turns by height where i % 3 == 1 and i < 3·s_h, by width
-    where i % 3 == 2 and i < 3·s_w, else by time. Each of `rope_components` runs of pairs has them all."""
+    where i % 3 == 2 and i < 3·s_w, else by time. Each of `rope_components` runs of pairs has them all, or a
+    layer takes of them what `rope_frequency_list` names."""
     count, rope = config.rope_frequencies, config.rope_parameters
     index = torch.arange(count, device=position_ids.device)
     axes = torch.zeros_like(index)
@@ -88,6 +89,8 @@ class InternVideo3Attention(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(width, self.rank + self.rope, bias=bias)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, width, bias=False)
+        listed = config.rope_frequency_list
+        self.frequencies = None if listed is None else list(listed[layer_idx])
         self.kv_adapters = InternVideo3LatentAdapters(self.rank) if config.latent_adapters else None
         if self.has_norms:
             self.q_norm = Qwen3VLTextRMSNorm(dim, self.epsilon)
@@ -108,6 +111,8 @@ class InternVideo3Attention(nn.Module):
         where a token is an image's or a video's; None where all is text.
         """
         rows, length, _ = x.shape
+        if self.frequencies is not None:
+            rope = Rope(*(angles[..., self.frequencies] for angles in rope))
         query = self.q_proj(x).view(rows, length, self.heads, -1)
         scale = None
         if self.has_norms:

@@ -41,6 +41,8 @@ class InternVideo3TextConfig(Qwen3VLTextConfig):
             numbers that `k_norm_proj` makes, and multiplies the logits of the group's heads.
         rope_components: how many pairs turn by the same frequency. Of the qk_rope_head_dim / 2 pairs, pair j
             turns by frequency j mod (qk_rope_head_dim / 2 / rope_components).
+        rope_frequency_list: instead, for each layer, by which of the head_dim / 2 frequencies each of its
+            qk_rope_head_dim / 2 pairs turns.
         rope_parameters: `mrope_section` makes it interleaved M-RoPE over time, height and width; without it a
             text-only decoder counts tokens.
     """
@@ -59,10 +61,13 @@ class InternVideo3TextConfig(Qwen3VLTextConfig):
     latent_adapters: bool = False
     use_qk_norm: bool = False
     rope_components: int = 1
+    rope_frequency_list: list[list[int]] | tuple[tuple[int, ...], ...] | None = None
 
     @property
     def rope_frequencies(self) -> int:
         """How many frequencies the rotary embedding has."""
+        if self.rope_frequency_list is not None:
+            return self.head_dim // 2
         return self.qk_rope_head_dim // self.rope_components // 2
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -80,6 +85,17 @@ class InternVideo3TextConfig(Qwen3VLTextConfig):
             raise ValueError(
                 f"config.json: kv_lora_rank_list must hold a rank for each of the {self.num_hidden_layers} "
                 f"layers, the largest of them kv_lora_rank {self.kv_lora_rank}, not {list(ranks)}"
+            )
+        listed, pairs = self.rope_frequency_list, self.qk_rope_head_dim // 2
+        if listed is not None and (
+            self.rope_components != 1
+            or [len(own) for own in listed] != [pairs] * self.num_hidden_layers
+            or not all(0 <= f < self.rope_frequencies for own in listed for f in own)
+        ):
+            raise ValueError(
+                f"config.json: rope_frequency_list must hold for each of {self.num_hidden_layers} layers a "
+                f"frequency from 0 to {self.rope_frequencies - 1} for each of the {pairs} pairs of "
+                "qk_rope_head_dim, and rope_components be 1"
             )
         rope = self.rope_parameters
         if rope.get("mrope_section") is not None:
