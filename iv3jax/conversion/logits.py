@@ -5,6 +5,10 @@ complex coefficients are fitted by ridge least squares: of the shared RoPE key's
 of the content's, which do not. Keys are drawn by the source's own attention probabilities, and what is the
 same for all keys of a query is taken out, since the softmax does not see it: to second order this is the
 divergence between the two attention distributions.
+
+A head that looks at one token is the same under any logits there, so by itself this does not see that another
+token must not come near. Where layers choose what turns, keys are therefore drawn by p + 1 / (1 + gap²) too:
+an error is squared over the gap that it would have to close, which bounds how often it does (Chebyshev).
 """
 
 from functools import partial
@@ -58,12 +62,13 @@ def features_of(
     return rope_f, rope_i, content_f, content_j
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def sample(
     config: TextConfig,
     queries: int,
     keys: int,
     cached: bool,
+    far: bool,
     p: Parts,
     key: Array,
     rows: Rows,
@@ -78,6 +83,7 @@ def sample(
     Args:
         queries, keys: how many queries of a row, and keys of a query and head.
         cached: whether the key norm stays, and so scales all that a key gives.
+        far: whether keys that get no attention are drawn too, by 1 / (1 + gap²), gap to the largest logit.
         p: the source's parts. key: (B, T, G·d), the keys that are converted.
         to_rope: (e, G·d), to_content: (c, G·d). anchor: (e/2,). index: `features_of`.
     """
@@ -91,7 +97,11 @@ def sample(
     chosen = jax.random.randint(pick, (batch, queries), 1, tokens)
     at = jnp.take_along_axis(logits, chosen[:, None, :, None], axis=2)
     # By the inverse of the distribution function: one random number a draw instead of one a key.
-    below = jnp.cumsum(jax.nn.softmax(at, axis=-1), axis=-1)
+    weights = jax.nn.softmax(at, axis=-1)
+    if far:
+        gap = jnp.max(at, axis=-1, keepdims=True) - at
+        weights += jnp.where(at > -1e29, 1 / (1 + gap * gap), 0.0)
+    below = jnp.cumsum(weights, axis=-1)
     level = jax.random.uniform(draw, (*at.shape[:3], keys)) * below[..., -1:]
     drawn = jnp.sum(below[..., None, :] <= level[..., None], axis=-1)
     drawn = jnp.minimum(drawn, chosen[:, None, :, None])
@@ -110,10 +120,11 @@ def sample(
     rope_f, rope_i, content_f, content_j = index
     queried_phase = jnp.conj(jnp.take_along_axis(phase, chosen[:, :, None], axis=1))[..., anchor]
 
+    mass = jnp.moveaxis(jnp.sqrt(below[..., -1]), 1, 0)
     scale = p.key_scale if cached else jnp.ones_like(p.key_scale)
     scale = jnp.repeat(jnp.moveaxis(scale, 2, 0), heads // config.num_key_value_heads, axis=0)
 
-    def one_head(query: Array, drawn: Array, target: Array, scale: Array) -> tuple[Array, ...]:
+    def one_head(query: Array, drawn: Array, target: Array, scale: Array, mass: Array) -> tuple[Array, ...]:
         pull = jax.vmap(lambda x, i: x[i])
         turned = pull(rope_key, drawn) * queried_phase[:, :, None]
         still = pull(content, drawn)
@@ -122,14 +133,14 @@ def sample(
         z = jnp.concatenate([rope, rest], axis=-1)
         # Re(a·z) = Re a·Re z − Im a·Im z.
         x = jnp.concatenate([z.real, -z.imag], axis=-1) * pull(scale, drawn)[..., None]
-        weight = jnp.where(real, 1.0, 0.0)[..., None]
+        weight = jnp.where(real, mass, 0.0)[..., None]
         x = (x - x.mean(axis=2, keepdims=True)) * weight[..., None]
         y = (target - target.mean(axis=2, keepdims=True)) * weight
         x, y = x.reshape(-1, x.shape[-1]), y.ravel()
         return x.T @ x, x.T @ y, y @ y
 
     by_head = [jnp.moveaxis(x, 1, 0) for x in (query, drawn, target)]
-    return Samples(*jax.lax.map(lambda x: one_head(*x), (*by_head, scale)))
+    return Samples(*jax.lax.map(lambda x: one_head(*x), (*by_head, scale, mass)))
 
 
 def sampled(
@@ -153,6 +164,7 @@ def sampled(
     keys = text.num_key_value_heads * text.head_dim
     linear = jnp.asarray(used[:keys], jnp.float32)
     to_rope, to_content = (jnp.asarray(x, jnp.float32) for x in maps)
+    far = run.config.pairs == "chosen"
     places = jnp.asarray(anchor), tuple(jnp.asarray(x) for x in index)
     total: Samples | None = None
     chosen = run.fitted[:: max(1, len(run.fitted) * run.stream.batches[0].input_ids.size // FIT_TOKENS)]
@@ -161,7 +173,9 @@ def sampled(
         p = parts(text, params, hidden(b))
         key = p.raw_key_value @ linear[:, :-1].T + linear[:, -1]
         rng = jax.random.fold_in(jax.random.key(run.config.seed), layer * 1000 + b)
-        batch = sample(text, QUERIES, KEYS, run.plan.cached, p, key, rows, to_rope, to_content, *places, rng)
+        batch = sample(
+            text, QUERIES, KEYS, run.plan.cached, far, p, key, rows, to_rope, to_content, *places, rng
+        )
         batch = jax.tree.map(lambda x: np.asarray(x, np.float64), batch)
         total = batch if total is None else jax.tree.map(np.add, total, batch)
     assert total is not None

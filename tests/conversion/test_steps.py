@@ -286,30 +286,43 @@ def test_coefficients_of_listed_pairs_come_back():
     assert difference(again, other) <= TOLERANCE
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_an_exact_split_misses_no_logits(cached):
-    """The normal equations, which are sampled in fp32, say so too; with less kept they do not."""
+def sampled(cached, far, split, components, sharpness=1.0):
+    """The normal equations of a split, in fp32, and which numbers they are about."""
     shape = dict(num_attention_heads=HEADS, num_key_value_heads=GROUPS, head_dim=DIM, mrope_section=SECTION)
     config = replace(tiny_config("gqa").text_config, **shape)
     phase = phases(positions())[None]
     rows = Rows(Rope(jnp.asarray(phase.real), jnp.asarray(phase.imag)), jnp.ones((1, TOKENS)), None, None)
     query, key = random(1, TOKENS, HEADS, DIM), random(1, TOKENS, GROUPS, DIM, seed=1)
     scale = np.exp(random(1, TOKENS, GROUPS)) if cached else np.ones((1, TOKENS, GROUPS))
+    query = sharpness * query
     parts = jax.tree.map(jnp.float32, Parts(query, query, key, key * scale[..., None], scale, key))
+    plan = rotate.layout(DIM, DIM * components, components, 1, SECTION)
+    index = logits.features_of(plan, GROUPS, DIM)
+    maps = map(jnp.float32, (split.to_rope, split.to_content))
+    given = (parts, jnp.float32(key.reshape(1, -1, KEYS)), rows, *maps, jnp.asarray(plan.anchor))
+    places = tuple(map(jnp.asarray, index))
+    return logits.sample(config, 8, 6, cached, far, *given, places, jax.random.key(0)), index
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_exact_split_misses_no_logits(cached, far):
+    """The normal equations, which are sampled in fp32, say so too; with less kept they do not."""
     found = {1: 1.0}
     for components in (1, GROUPS) if cached else (GROUPS,):
         split = make_split(components)
-        plan = rotate.layout(DIM, DIM * components, components, 1, SECTION)
-        index = logits.features_of(plan, GROUPS, DIM)
-        maps = map(jnp.float32, (split.to_rope, split.to_content))
-        given = (parts, jnp.float32(key.reshape(1, -1, KEYS)), rows, *maps, jnp.asarray(plan.anchor))
-        samples = logits.sample(
-            config, 8, 6, cached, *given, tuple(map(jnp.asarray, index)), jax.random.key(0)
-        )
+        samples, index = sampled(cached, far, split, components)
         found[components] = logits.missed(split, samples, index)
         better = logits.fitted(split, samples, index)
         assert logits.missed(better, samples, index) <= max(0.8 * found[components], 1e-6)
     assert found[GROUPS] <= 1e-5 and found[1] > 0.1
+
+
+def test_keys_without_attention_are_drawn_where_layers_choose():
+    """Heads that look at few keys say little of the others, unless far ones are drawn too."""
+    split = make_split(1)
+    near, far = (sampled(False, which, split, 1, sharpness=8)[0].energy.sum() for which in (False, True))
+    assert far > 5 * near
 
 
 # Step 7, and all of them together.
