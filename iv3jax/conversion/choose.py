@@ -1,8 +1,7 @@
 """Which pairs of the keys keep RoPE where each layer chooses its own (`--rope-pairs chosen`).
 
-Not every frequency matters alike, nor in every layer: a layer that looks at neighbours needs several
-components of fast ones, one that looks for content hardly any. So of all (frequency, component) pairs of
-rotate.py those are taken which the attention logits need most. Under interleaved M-RoPE a frequency belongs
+Not every frequency matters alike, nor in every layer. So of all (frequency, component) pairs of rotate.py
+those are taken which the attention logits need most. Under interleaved M-RoPE a frequency belongs
 to an axis, and so a layer also decides how much it keeps of time, height and width.
 """
 
