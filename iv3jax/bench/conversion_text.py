@@ -25,6 +25,7 @@ from iv3jax.bench.texts import read_text, windows
 from iv3jax.checkpoint.load import LoadedModel
 from iv3jax.conversion.calibration import Calibration, from_samples, text_sample
 from iv3jax.conversion.source import Source
+from iv3jax.errors import UserError
 
 METHODS = ("svd", "transmla", "care", "iv3")
 PEER = "transmla"
@@ -91,7 +92,7 @@ def bench_text(folder: Path, packages: Path = CACHE) -> dict[str, Any]:
     Raises:
         UserError: a package that cannot be had.
     """
-    bench = _Bench.open(folder, packages)
+    bench = Bench.open(folder, packages)
     layouts = {(m, s): bench.chosen(m, CHOSEN_AT.get(s, s)) for m in METHODS for s in SIZES}
     rows = [bench.measured(point) for point in points(layouts)]
     return {
@@ -147,8 +148,32 @@ def excess(losses: np.ndarray, source: np.ndarray) -> tuple[float, float]:
     return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5)
 
 
+def calibration_windows(name: str, tokenizer: Path, packages: Path) -> tuple[np.ndarray, np.ndarray]:
+    """What conversions see of a text, (CALIBRATION, WINDOW), and what is left for a judge, (N, WINDOW).
+
+    Of a text that is tested neither is part of a tested window.
+
+    Raises:
+        UserError: no such text, or too little of it.
+    """
+    text = read_text(name, packages)
+    if name not in TEXTS:
+        book = windows(text, tokenizer, WINDOW)
+        return book[:CALIBRATION], book[CALIBRATION:]
+    pages = windows(text, tokenizer, TEST_WINDOW)
+    book = np.delete(pages, spaced(np.arange(len(pages)), TEXTS[name]), axis=0).reshape(-1, WINDOW)
+    if len(book) < CALIBRATION + JUDGE:
+        raise UserError(
+            f"text {name!r}: {len(book)} windows are not tested, {CALIBRATION + JUDGE} are needed"
+        )
+    known = spaced(np.arange(len(book)), CALIBRATION)
+    return book[known], np.delete(book, known, axis=0)
+
+
 @dataclass(frozen=True)
-class _Bench:
+class Bench:
+    """The source, its conversions' steps and figures, and what they are calibrated, judged and tested on."""
+
     model: LoadedModel
     cells: Cells
     large: Lab
@@ -157,20 +182,19 @@ class _Bench:
     texts: dict[str, np.ndarray]
 
     @staticmethod
-    def open(folder: Path, packages: Path) -> "_Bench":
+    def open(folder: Path, packages: Path, calibrated_on: str = "calibration") -> "Bench":
         place = smollm2_folder(packages)
         source, tokenizer = Source.open(place), place / "tokenizer.json"
 
         def calibration(ids: np.ndarray) -> Calibration:
             return from_samples(list(map(text_sample, ids)), source.config, length=WINDOW, rows=ROWS)
 
-        book = windows(read_text("calibration", packages), tokenizer, WINDOW)
-        known, rest = book[:CALIBRATION], book[CALIBRATION:]
+        known, rest = calibration_windows(calibrated_on, tokenizer, packages)
         texts = {
             name: spaced(windows(read_text(name, packages), tokenizer, TEST_WINDOW), count)
             for name, count in TEXTS.items()
         }
-        return _Bench(
+        return Bench(
             load_source(place),
             Cells(folder / "text"),
             Lab(source, calibration(known), folder / "steps"),

@@ -14,6 +14,7 @@ from iv3jax.bench.cells import Cells
 from iv3jax.bench.conversion import bench_conversion, format_table
 from iv3jax.bench.conversion_distill import distilled
 from iv3jax.bench.conversion_lab import Lab, load_source, make, model_of, rope_step
+from iv3jax.bench.conversion_row import main as measure_row
 from iv3jax.bench.perplexity import log_perplexity
 from iv3jax.bench.transmla_code import main as measure_transmla
 from iv3jax.checkpoint.load import load
@@ -153,3 +154,48 @@ def test_a_folder_that_is_no_clone_is_refused(tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().err
     assert "partial_rope.py: not there" in said and said.count("\n") == 1
     assert measure_transmla([]) == 2
+
+
+@pytest.fixture
+def books(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of 300 000 tokens, which are their own places; "devref" has a tenth of them."""
+    monkeypatch.setattr(
+        text, "read_text", lambda name, packages: "x" * (30_000 if name == "devref" else 300_000)
+    )
+    monkeypatch.setattr(
+        text, "windows", lambda whole, tokenizer, n: np.arange(len(whole) // n * n).reshape(-1, n)
+    )
+
+
+def test_no_tested_page_is_calibrated_on(books: None):
+    known, rest = text.calibration_windows("persuasion", Path(), Path())
+    pages = text.windows("x" * 300_000, Path(), text.TEST_WINDOW)
+    tested = text.spaced(pages, text.TEXTS["persuasion"])
+    assert known.shape == (text.CALIBRATION, text.WINDOW)
+    together = np.concatenate([known.ravel(), rest.ravel(), tested.ravel()])
+    assert np.array_equal(np.sort(together), pages.ravel())
+
+
+def test_the_handbooks_first_windows_are_calibrated_on(books: None):
+    known, rest = text.calibration_windows("calibration", Path(), Path())
+    assert np.array_equal(known.ravel(), np.arange(text.CALIBRATION * text.WINDOW))
+    assert rest[0, 0] == known.size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("transmla --rope-dim 32 --rank 88", "--freqfold is needed for transmla"),
+        ("care --rope-dim 32 --freqfold 4 --rank 88 --distilled", "not care"),
+        (
+            "iv3 --rope-dim 32 --rank 88 --calibrated-on devref",
+            "'devref': 84 windows are not tested, 136 are",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_is_refused(arguments: str, says: str, books: None, monkeypatch, capsys):
+    monkeypatch.setattr(text, "smollm2_folder", lambda packages: Path())
+    monkeypatch.setattr(text, "Source", type("Unread", (), {"open": lambda place: None}))
+    assert measure_row(arguments.split()) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and says in said and said.count("\n") == 1
