@@ -2,11 +2,13 @@
 
     python -m iv3jax.bench.conversion_row iv3 --rope-dim 24 --rank 96 --budget dynamic [--distilled]
     python -m iv3jax.bench.conversion_row transmla --rope-dim 32 --freqfold 4 --rank 88 \\
-        --calibrated-on persuasion
+        --calibrated-on calibration own
 
-Without `--freqfold` each layer chooses its pairs. Prints the line as JSON: on each text the excess
-log-perplexity over the source's and its standard error, nats a token. Figures and steps are shared with the
-bench (`runs/bench_conversion`); those of other calibration text lie in a folder below.
+`--calibrated-on` takes texts, each for the same share of as many tokens: the handbook ("calibration", the
+default), what is not tested of the two that are, and "own", texts that the source samples. Without
+`--freqfold` each layer chooses its pairs. Prints the line as JSON: on each text the excess log-perplexity
+over the source's and its standard error, nats a token. Figures and steps are shared with the bench
+(`runs/bench_conversion`); those of other calibration text lie in a folder below.
 """
 
 import json
@@ -17,12 +19,10 @@ from typing import Any
 
 from iv3jax.bench.conversion import FOLDER
 from iv3jax.bench.conversion_distill import RATES
-from iv3jax.bench.conversion_text import METHODS, Bench, Point
+from iv3jax.bench.conversion_text import HANDBOOK, METHODS, OWN, Bench, Point
 from iv3jax.bench.packages import CACHE
 from iv3jax.bench.texts import TEXTS
 from iv3jax.errors import UserError
-
-HANDBOOK = "calibration"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--budget", choices=("uniform", "dynamic", "none"), default="uniform")
     parser.add_argument("--distilled", action="store_true")
-    parser.add_argument("--calibrated-on", choices=tuple(TEXTS), default=HANDBOOK)
+    parser.add_argument("--calibrated-on", choices=(*TEXTS, OWN), nargs="+", default=[HANDBOOK])
     given = vars(parser.parse_args(arguments))
     try:
         found = measure(given.pop("calibrated_on"), Point(row=given["method"], size="", **given))
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def measure(calibrated_on: str, point: Point) -> dict[str, Any]:
+def measure(calibrated_on: Sequence[str], point: Point) -> dict[str, Any]:
     """The line.
 
     Raises:
@@ -61,7 +61,7 @@ def measure(calibrated_on: str, point: Point) -> dict[str, Any]:
         raise UserError(
             f"--distilled: there is a learning rate for {' and '.join(RATES)} only, not {point.method}"
         )
-    folder = FOLDER if calibrated_on == HANDBOOK else FOLDER / calibrated_on
+    folder = FOLDER if list(calibrated_on) == [HANDBOOK] else FOLDER / "-".join(calibrated_on)
     return Bench.open(folder, CACHE, calibrated_on).measured(point)
 
 

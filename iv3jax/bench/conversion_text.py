@@ -6,6 +6,7 @@ log-perplexity above the source's, in nats a token; its standard error is over w
 all. The ratio is to TransMLA at that size.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,17 @@ from iv3jax.bench.conversion_distill import RATES, distilled
 from iv3jax.bench.conversion_lab import Lab, load_source, make, model_of, rope_step
 from iv3jax.bench.packages import CACHE
 from iv3jax.bench.perplexity import token_losses
-from iv3jax.bench.smollm2 import smollm2_folder
+from iv3jax.bench.smollm2 import FOLDER, smollm2_folder
 from iv3jax.bench.table import as_text
 from iv3jax.bench.texts import read_text, windows
 from iv3jax.checkpoint.load import LoadedModel
 from iv3jax.conversion.calibration import Calibration, from_samples, text_sample
 from iv3jax.conversion.source import Source
 from iv3jax.errors import UserError
+from iv3jax.generate.own_text import own_texts
+
+HANDBOOK, OWN = "calibration", "own"
+"""What conversions are calibrated on, and what else they may be: texts that the source samples itself."""
 
 METHODS = ("svd", "transmla", "care", "iv3")
 PEER = "transmla"
@@ -153,10 +158,13 @@ def calibration_windows(name: str, tokenizer: Path, packages: Path) -> tuple[np.
 
     Of a text that is tested neither is part of a tested window.
 
+    Args:
+        name: of `texts.TEXTS`, or OWN: texts that the source samples by itself.
+
     Raises:
         UserError: no such text, or too little of it.
     """
-    text = read_text(name, packages)
+    text = own_text(packages) if name == OWN else read_text(name, packages)
     if name not in TEXTS:
         book = windows(text, tokenizer, WINDOW)
         return book[:CALIBRATION], book[CALIBRATION:]
@@ -168,6 +176,27 @@ def calibration_windows(name: str, tokenizer: Path, packages: Path) -> tuple[np.
         )
     known = spaced(np.arange(len(book)), CALIBRATION)
     return book[known], np.delete(book, known, axis=0)
+
+
+def mixed_windows(names: Sequence[str], tokenizer: Path, packages: Path) -> tuple[np.ndarray, np.ndarray]:
+    """`calibration_windows` of several texts, each with the same share of them; a judge's are the first's."""
+    parts = [calibration_windows(name, tokenizer, packages) for name in names]
+    # In turns, so that a distillation's step sees all of them.
+    shares = [spaced(known, CALIBRATION // len(parts)) for known, _ in parts]
+    return np.stack(shares, axis=1).reshape(-1, WINDOW), parts[0][1]
+
+
+def own_text(packages: Path) -> str:
+    """What `iv3 sample` writes of the source, made where it is missing: about 5 minutes on two cores."""
+    path = packages.expanduser() / f"{FOLDER}-own.txt"
+    if not path.exists():
+        # Tokenized again they may be a little shorter.
+        wanted = round(1.05 * (CALIBRATION + JUDGE) * WINDOW)
+        texts = own_texts(load_source(smollm2_folder(packages)), tokens=wanted, length=WINDOW)
+        part = path.with_suffix(".part")
+        part.write_text("\n\n".join(text for text, _ in texts), encoding="utf-8")
+        part.replace(path)
+    return path.read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -182,14 +211,19 @@ class Bench:
     texts: dict[str, np.ndarray]
 
     @staticmethod
-    def open(folder: Path, packages: Path, calibrated_on: str = "calibration") -> "Bench":
+    def open(folder: Path, packages: Path, calibrated_on: Sequence[str] = (HANDBOOK,)) -> "Bench":
+        """
+        Args:
+            folder, packages: as in `bench_text`.
+            calibrated_on: texts, each with the same share of the calibration's windows; judged by the first.
+        """
         place = smollm2_folder(packages)
         source, tokenizer = Source.open(place), place / "tokenizer.json"
 
         def calibration(ids: np.ndarray) -> Calibration:
             return from_samples(list(map(text_sample, ids)), source.config, length=WINDOW, rows=ROWS)
 
-        known, rest = calibration_windows(calibrated_on, tokenizer, packages)
+        known, rest = mixed_windows(calibrated_on, tokenizer, packages)
         texts = {
             name: spaced(windows(read_text(name, packages), tokenizer, TEST_WINDOW), count)
             for name, count in TEXTS.items()

@@ -1,4 +1,4 @@
-"""`iv3 ask`, `export`, `convert`, `parity` and `shapes`: models and their folders."""
+"""`iv3 ask`, `export`, `sample`, `convert`, `parity` and `shapes`: models and their folders."""
 
 import argparse
 import dataclasses
@@ -59,6 +59,14 @@ def add(command: Command) -> None:
         "--adapter", action="store_true", help="write a run's low-rank additions alone, as PEFT does"
     )
     sub.add_argument("--random-weights", action="store_true", help="allow a preset, with random weights")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("sample", _sample, "Write texts that a model samples by itself: calibration of any domain.")
+    sub.add_argument("model", help="model folder or hub id")
+    sub.add_argument("out", help="a new .jsonl, local or on a store, for `iv3 convert … --calibration`")
+    sub.add_argument("--tokens", type=int, default=32768, help="in all (default 32768)")
+    sub.add_argument("--length", type=int, default=256, help="most tokens of a text (default 256)")
+    sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("convert", _convert, "Convert a model with grouped-query attention into one with M²LA.")
@@ -208,6 +216,32 @@ def _export(args: argparse.Namespace) -> int:
         verdict = "FAILED" if failed else "verified"
         print(f"{verdict} logits in fp32 against PyTorch: at most {worst:.2e} apart, {TOLERANCE:g} allowed")
     return int(failed)
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from rich.progress import Progress
+
+    from iv3jax.generate.own_text import own_texts
+    from iv3jax.paths import make_path
+
+    out = make_path(args.out)
+    if out.suffix != ".jsonl":
+        raise UserError(f"{out}: the texts are lines of a .jsonl; name it so")
+    if out.exists():
+        raise UserError(f"{out}: there already; name a new file")
+    model = load_model(args.model)
+    lines, given = [], 0
+    with Progress(transient=True, disable=args.json) as progress:
+        task = progress.add_task("tokens", total=args.tokens)
+        for text, count in own_texts(model, tokens=args.tokens, length=args.length, seed=args.seed):
+            lines.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            given += count
+            progress.update(task, completed=given)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(lines), encoding="utf-8")
+    done = {"file": str(out), "texts": len(lines), "tokens": given}
+    print(json.dumps(done) if args.json else f"written  {out}: {len(lines)} texts, {given:,} tokens")
+    return 0
 
 
 def _convert(args: argparse.Namespace) -> int:

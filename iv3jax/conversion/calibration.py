@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import tokenizers
 
 from iv3jax.checkpoint.folder import TOKENIZER, usable_tokenizer
 from iv3jax.data.chat import Message, parts
@@ -21,6 +20,7 @@ from iv3jax.data.image import is_picture
 from iv3jax.data.packing import pack_rows
 from iv3jax.data.processor import Processor
 from iv3jax.data.sample import Sample
+from iv3jax.data.tokenizer import plain_tokenizer
 from iv3jax.errors import UserError
 from iv3jax.models.batch import IGNORE_LABEL, Batch
 from iv3jax.models.config import ModelConfig
@@ -190,7 +190,8 @@ class _Reader:
             self._processor = _fitted(Processor.from_dir(folder, config), length)
             self._encode = self._processor.tokenizer.encode
         else:
-            self._encode = _plain_encoder(folder)
+            inner = plain_tokenizer(folder)
+            self._encode = lambda text: inner.encode(text, add_special_tokens=False).ids
 
     def items(self, file: AnyPath) -> Iterator[_Item]:
         kind = file.suffix.lower()
@@ -297,24 +298,6 @@ def _fitted(processor: Processor, length: int) -> Processor:
         image_pixels=within(processor.image_pixels, area),
         video_pixels=within(processor.video_pixels, area * vision.temporal_patch_size),
     )
-
-
-def _plain_encoder(folder: AnyPath) -> Callable[[str], list[int]]:
-    """The tokenizer of a folder that has no chat tokens, or is not byte-level: good for plain text."""
-    path = folder / TOKENIZER
-    try:
-        inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file, so no text can be read; copy the tokenizer.json of the model that the "
-            "weights came from"
-        ) from None
-    # The library raises nothing narrower than Exception.
-    except Exception as error:
-        raise UserError(f"{path}: not a valid tokenizer.json ({error})") from None
-    inner.no_truncation()
-    inner.no_padding()
-    return lambda text: inner.encode(text, add_special_tokens=False).ids
 
 
 def _resolved(message: Message, folder: AnyPath) -> Message:

@@ -223,3 +223,25 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+
+
+def plain_tokenizer(folder: PathArgument) -> tokenizers.Tokenizer:
+    """The tokenizer of any folder, chat tokens or not, byte-level or not: good for plain text.
+
+    Raises:
+        UserError: tokenizer.json is missing or corrupt.
+    """
+    path = make_path(folder) / "tokenizer.json"
+    try:
+        inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file, so no text can be read or written; copy the tokenizer.json of the model "
+            "that the weights came from"
+        ) from None
+    # The library raises nothing narrower than Exception.
+    except Exception as error:
+        raise UserError(f"{path}: not a valid tokenizer.json ({error})") from None
+    inner.no_truncation()
+    inner.no_padding()
+    return inner

@@ -182,6 +182,19 @@ def test_the_handbooks_first_windows_are_calibrated_on(books: None):
     assert rest[0, 0] == known.size
 
 
+def test_texts_have_equal_shares_and_take_turns(books: None, monkeypatch):
+    monkeypatch.setattr(text, "own_text", lambda packages: "x" * 40_000)
+    whole, rest = text.calibration_windows("calibration", Path(), Path())
+    own, _ = text.calibration_windows("own", Path(), Path())
+    known, judged = text.mixed_windows(["calibration", "own"], Path(), Path())
+    half = text.CALIBRATION // 2
+    assert known.shape == (2 * half, text.WINDOW)
+    assert np.array_equal(known[::2], text.spaced(whole, half))
+    assert np.array_equal(known[1::2], text.spaced(own, half))
+    assert np.array_equal(judged, rest)
+    assert np.array_equal(text.mixed_windows(["calibration"], Path(), Path())[0], whole)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

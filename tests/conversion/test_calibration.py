@@ -148,7 +148,7 @@ def test_a_tokenizer_without_chat_tokens(book, tmp_path, picture):
     (folder / "tokenizer.json").write_text("{}")
     assert "tokenizer.json: not a valid" in refusal(book, config=TEXT_ONLY, folder=folder)
     (folder / "tokenizer.json").unlink()
-    assert "so no text can be read" in refusal(book, config=TEXT_ONLY, folder=folder)
+    assert "so no text can be read or written" in refusal(book, config=TEXT_ONLY, folder=folder)
 
 
 def test_adapters_need_both_kinds(book, picture):
