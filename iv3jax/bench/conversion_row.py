@@ -1,6 +1,7 @@
 """One line of `iv3 bench conversion --part text`, of any layout, and on other calibration text.
 
-    python -m iv3jax.bench.conversion_row iv3 --rope-dim 24 --rank 96 --budget dynamic [--distilled]
+    python -m iv3jax.bench.conversion_row iv3 --rope-dim 24 --rank 96 --budget dynamic \\
+        [--distilled [--steps 4]]
     python -m iv3jax.bench.conversion_row transmla --rope-dim 32 --freqfold 4 --rank 88 \\
         --calibrated-on calibration own
 
@@ -19,7 +20,7 @@ from typing import Any
 
 from iv3jax.bench.conversion import FOLDER
 from iv3jax.bench.conversion_distill import RATES
-from iv3jax.bench.conversion_text import HANDBOOK, METHODS, OWN, Bench, Point
+from iv3jax.bench.conversion_text import CALIBRATION, HANDBOOK, METHODS, OWN, ROWS, Bench, Point
 from iv3jax.bench.packages import CACHE
 from iv3jax.bench.texts import TEXTS
 from iv3jax.errors import UserError
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--budget", choices=("uniform", "dynamic", "none"), default="uniform")
     parser.add_argument("--distilled", action="store_true")
+    parser.add_argument("--steps", type=int, help="of the distillation (default: one pass, 16)")
     parser.add_argument("--calibrated-on", choices=(*TEXTS, OWN), nargs="+", default=[HANDBOOK])
     given = vars(parser.parse_args(arguments))
     try:
@@ -61,6 +63,8 @@ def measure(calibrated_on: Sequence[str], point: Point) -> dict[str, Any]:
         raise UserError(
             f"--distilled: there is a learning rate for {' and '.join(RATES)} only, not {point.method}"
         )
+    if point.steps is not None and not (point.distilled and 1 <= point.steps <= CALIBRATION // ROWS):
+        raise UserError(f"--steps {point.steps}: from 1 to {CALIBRATION // ROWS}, beside --distilled")
     folder = FOLDER if list(calibrated_on) == [HANDBOOK] else FOLDER / "-".join(calibrated_on)
     return Bench.open(folder, CACHE, calibrated_on).measured(point)
 

@@ -70,6 +70,7 @@ class Point:
         rank: of its latents, with a dynamic budget their mean.
         budget: "uniform" or "dynamic"; "none" for the RoPE step alone.
         distilled: whether it was trained after.
+        steps: of that training, a batch of calibration tokens each; None for one pass over all.
     """
 
     row: str
@@ -80,6 +81,7 @@ class Point:
     rank: int
     budget: str = "uniform"
     distilled: bool = False
+    steps: int | None = None
 
 
 def spaced(text: np.ndarray, count: int) -> np.ndarray:
@@ -259,7 +261,8 @@ class Bench:
         model = model_of(made, self.model)
         if not point.distilled:
             return model
-        return distilled(model, self.model, lab.calibration.batches, RATES[point.method])[0]
+        batches = lab.calibration.batches[: point.steps]
+        return distilled(model, self.model, batches, RATES[point.method])[0]
 
     def source_losses(self) -> dict[str, list[float]]:
         """Of each text's windows."""
@@ -277,7 +280,9 @@ class Bench:
 
     def measured(self, point: Point) -> dict[str, Any]:
         """A line of the table, without its ratios."""
-        kind = f"{point.budget}-distilled" if point.distilled else point.budget
+        kind = point.budget
+        if point.distilled:
+            kind += "-distilled" + ("" if point.steps is None else str(point.steps))
         name = f"{point.method}-e{point.rope_dim}-f{point.freqfold or 'chosen'}-r{point.rank}-{kind}"
         losses = self.cells(name, lambda: self._losses(self._converted(self.large, point)))
         source = self.source_losses()

@@ -200,6 +200,8 @@ def test_texts_have_equal_shares_and_take_turns(books: None, monkeypatch):
     [
         ("transmla --rope-dim 32 --rank 88", "--freqfold is needed for transmla"),
         ("care --rope-dim 32 --freqfold 4 --rank 88 --distilled", "not care"),
+        ("iv3 --rope-dim 32 --rank 88 --distilled --steps 17", "--steps 17: from 1 to 16"),
+        ("iv3 --rope-dim 32 --rank 88 --steps 4", "--steps 4: from 1 to 16, beside --distilled"),
         (
             "iv3 --rope-dim 32 --rank 88 --calibrated-on devref",
             "'devref': 84 windows are not tested, 136 are",
