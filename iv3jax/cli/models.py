@@ -234,7 +234,7 @@ def _sample(args: argparse.Namespace) -> int:
     with Progress(transient=True, disable=args.json) as progress:
         task = progress.add_task("tokens", total=args.tokens)
         for text, count in own_texts(model, tokens=args.tokens, length=args.length, seed=args.seed):
-            lines.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            lines.append(json.dumps({"text": text}) + "\n")
             given += count
             progress.update(task, completed=given)
     out.parent.mkdir(parents=True, exist_ok=True)

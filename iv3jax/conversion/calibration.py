@@ -201,7 +201,8 @@ class _Reader:
         if kind in TEXT:
             yield from self._windows(str(file), _text(file))
         elif kind in LINES:
-            for number, line in enumerate(_text(file).splitlines(), start=1):
+            # Not splitlines: JSON may hold U+2028 and others that it cuts at.
+            for number, line in enumerate(_text(file).split("\n"), start=1):
                 if line.strip():
                     yield from self._line(file, f"{file}:{number}", line)
         elif kind in MEDIA:

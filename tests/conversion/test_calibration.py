@@ -90,6 +90,9 @@ def test_lines_of_text_are_the_same_text(book, tmp_path):
     two = lines(tmp_path / "two.jsonl", {"text": "Short."}, {"text": "Two.", "id": 7})
     packed = read(two)
     assert len(packed.batches) == 1 and packed.batches[0].segment_ids[0].max() == 2
+    # JSON may hold it as it is.
+    separated = lines(tmp_path / "separated.jsonl", '{"text": "One\u2028two."}')
+    assert rows_of(read(separated)) == [Tokenizer.from_dir(TINY_FOLDER).encode("One\u2028two.")]
 
 
 def test_media_and_conversations(book, picture, video, tmp_path):
