@@ -214,7 +214,8 @@ class Bench:
 
     @staticmethod
     def open(folder: Path, packages: Path, calibrated_on: Sequence[str] = (HANDBOOK,)) -> "Bench":
-        """
+        """Reads, or downloads first, all that conversions are made and measured with.
+
         Args:
             folder, packages: as in `bench_text`.
             calibrated_on: texts, each with the same share of the calibration's windows; judged by the first.

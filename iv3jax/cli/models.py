@@ -229,6 +229,11 @@ def _sample(args: argparse.Namespace) -> int:
         raise UserError(f"{out}: the texts are lines of a .jsonl; name it so")
     if out.exists():
         raise UserError(f"{out}: there already; name a new file")
+    try:
+        # Before the minutes that sampling takes.
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: no file can be written there ({error.strerror})") from None
     model = load_model(args.model)
     lines, given = [], 0
     with Progress(transient=True, disable=args.json) as progress:
@@ -237,7 +242,6 @@ def _sample(args: argparse.Namespace) -> int:
             lines.append(json.dumps({"text": text}) + "\n")
             given += count
             progress.update(task, completed=given)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(lines), encoding="utf-8")
     done = {"file": str(out), "texts": len(lines), "tokens": given}
     print(json.dumps(done) if args.json else f"written  {out}: {len(lines)} texts, {given:,} tokens")

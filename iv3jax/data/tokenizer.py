@@ -48,14 +48,7 @@ class Tokenizer:
         """
         self._text = text
         self._source = source
-        try:
-            inner = tokenizers.Tokenizer.from_str(text)
-        # The library raises nothing narrower than Exception.
-        except Exception as error:
-            raise UserError(f"{source}: not a valid tokenizer.json ({error})") from None
-        # A file may carry its trainer's cut and padding; applied silently, they would eat prompts.
-        inner.no_truncation()
-        inner.no_padding()
+        inner = _parsed(text, source)
         inner.encode_special_tokens = True
         self._inner = inner
         self._added = inner.get_added_tokens_decoder()
@@ -75,16 +68,7 @@ class Tokenizer:
             UserError: the file is missing or corrupt, a special token the chat needs is missing, a
                 vision token's id is not the config's, or the model has fewer embeddings than tokens.
         """
-        path = make_path(folder) / "tokenizer.json"
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"{path}: no such file; copy the tokenizer.json of the model that the weights came from"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not a valid tokenizer.json ({error})") from None
-        tokenizer = Tokenizer(text, str(path))
+        tokenizer = Tokenizer(*_content(folder))
         if config is not None:
             tokenizer.check(config)
         return tokenizer
@@ -231,17 +215,31 @@ def plain_tokenizer(folder: PathArgument) -> tokenizers.Tokenizer:
     Raises:
         UserError: tokenizer.json is missing or corrupt.
     """
+    return _parsed(*_content(folder))
+
+
+def _content(folder: PathArgument) -> tuple[str, str]:
+    """The content of a folder's tokenizer.json, and its place."""
     path = make_path(folder) / "tokenizer.json"
     try:
-        inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{path}: no such file, so no text can be read or written; copy the tokenizer.json of the model "
-            "that the weights came from"
+            f"{path}: no such file; copy the tokenizer.json of the model that the weights came from: there "
+            "is none, so no text can be read or written"
         ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a valid tokenizer.json ({error})") from None
+
+
+def _parsed(text: str, source: str) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a tokenizer.json's content."""
+    try:
+        inner = tokenizers.Tokenizer.from_str(text)
     # The library raises nothing narrower than Exception.
     except Exception as error:
-        raise UserError(f"{path}: not a valid tokenizer.json ({error})") from None
+        raise UserError(f"{source}: not a valid tokenizer.json ({error})") from None
+    # A file may carry its trainer's cut and padding; applied silently, they would eat prompts.
     inner.no_truncation()
     inner.no_padding()
     return inner

@@ -38,13 +38,15 @@ def own_texts(loaded: LoadedModel, *, tokens: int, length: int, seed: int = 0) -
         A text, and how many tokens were sampled for it.
 
     Raises:
-        UserError: no tokenizer or one without a start, a length that the model cannot have, or a model that
-            ends every text at once.
+        UserError: no tokenizer or one without a start, no tokens asked for, a negative seed, a length that
+            the model cannot have, or a model that ends every text at once.
     """
     if loaded.folder is None:
         raise UserError("this model has no folder, so no tokenizer; load one from a model folder")
     if tokens < 1:
         raise UserError(f"tokens is {tokens}; it must be at least 1")
+    if seed < 0:
+        raise UserError(f"seed is {seed}; it must be 0 or more")
     tokenizer = plain_tokenizer(loaded.folder)
     starts = [i for i in map(tokenizer.token_to_id, STARTS) if i is not None]
     if not starts:

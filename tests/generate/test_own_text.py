@@ -85,7 +85,7 @@ def test_samples_are_the_models_and_calibrate_its_conversion(model: LoadedModel,
     assert 200 <= done["tokens"] <= 200 + 32 * LENGTH
     read = read_calibration(files[:1], folder, model.config, tokens=1 << 20, length=4 * LENGTH, rows=2)
     assert read.text_tokens >= 200 and read.vision_tokens == 0
-    # What is sampled most is what the model finds likely: a random model's ids are spread over all.
+    # A random model finds all tokens likely.
     assert len({i for batch in read.batches for i in np.unique(batch.input_ids)}) > 50
 
 
@@ -96,6 +96,8 @@ def test_samples_are_the_models_and_calibrate_its_conversion(model: LoadedModel,
         ("there.jsonl", [], "there.jsonl: there already; name a new file"),
         ("new.jsonl", ["--tokens", "0"], "tokens is 0; it must be at least 1"),
         ("new.jsonl", ["--length", "0"], "max_new_tokens is 0"),
+        ("new.jsonl", ["--seed", "-1"], "seed is -1; it must be 0 or more"),
+        ("there.jsonl/new.jsonl", [], "new.jsonl: no file can be written there"),
     ],
 )
 def test_what_cannot_be_written(
