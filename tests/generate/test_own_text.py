@@ -16,6 +16,8 @@ from iv3jax.errors import UserError
 from iv3jax.generate import own_text
 from iv3jax.generate.generate import Generation
 
+pytestmark = pytest.mark.medium
+
 LENGTH = 9
 
 TOKENIZER = plain_tokenizer(TINY_FOLDER)
